@@ -1,0 +1,79 @@
+package broker
+
+import (
+	"context"
+	"os"
+	"sync/atomic"
+	"time"
+)
+
+// An Attestor says which process runs in which server's workload. It has two
+// parts: Bind, which asks Docker and the kernel once per start of a container,
+// and Attest, which asks only the kernel, once per connection.
+//
+// All methods may be called from many goroutines at once.
+type Attestor interface {
+	// Bind looks for the workload that was reserved as r and records what
+	// identifies it. It never guesses. It returns ErrPending while there is none
+	// yet, and ErrDenied with the finding if the workload's posture breaks
+	// identity, or if it does not mount r's directory read-only; then a look
+	// makes sense again only after Watch names the container.
+	Bind(ctx context.Context, r Registration) (*Workload, error)
+
+	// Attest returns nil if p is a live process of w. Otherwise it returns
+	// ErrUnknownPeer with what the kernel said as the cause.
+	Attest(p *Peer, w *Workload) error
+
+	// Watch calls changed with the name of each container that something has
+	// happened to, until ctx is done. A call is a hint to look, never a fact;
+	// hints may repeat. An empty name says that hints may have been lost, so
+	// look at all. Watch reconnects by itself.
+	Watch(ctx context.Context, changed func(container string)) error
+
+	// Check says whether the engine can be asked. The string is the best level
+	// of attestation this host gives: pidfd+ns, pidfd, proc or uid.
+	Check(ctx context.Context) (level string, err error)
+}
+
+// A Peer is the process at the other end of a connection, as the kernel named
+// it when the connection was made, and the socket it came in on. A Peer is made
+// by the listener, lives as long as its connection, and must not be copied.
+type Peer struct {
+	Server ServerKey // the server whose socket it is; zero on other sockets
+	Hub    HubID     // the hub whose socket it is; empty on other sockets
+	PID    int32
+	UID    uint32
+	GID    uint32
+	Pidfd  *os.File // nil where the kernel has no SO_PEERPIDFD
+	Start  uint64   // start time of PID in clock ticks, if Pidfd is nil
+
+	// attested is the workload for which Attest last succeeded. A server that
+	// is bound again has another one, so the peer is attested again.
+	attested atomic.Pointer[Workload]
+}
+
+// A Workload is what Docker and the kernel said about one container (or, with
+// process attestation, one uid) when a registration was bound to it. It is
+// immutable; the same container started again is another Workload.
+type Workload struct {
+	Container string // full ID; empty with process attestation
+	Name      string // name of the container
+	Image     string // image reference as configured
+	StartedAt time.Time
+	PID       int32    // the init process, in the broker's PID namespace
+	Init      *os.File // its pidfd; nil where there is none
+	UID       uint32   // with process attestation
+
+	// Cgroups is the exact path per hierarchy, keyed as in the second field of
+	// /proc/PID/cgroup, only lines that end in the container's own full ID.
+	Cgroups map[string]string
+	// PIDNamespace and MountNamespace are inodes; 0 where the broker may not
+	// read them.
+	PIDNamespace, MountNamespace uint64
+
+	Level   string   // pidfd+ns, pidfd, proc or uid
+	Posture []string // weaknesses found that the configuration allows, by name
+
+	// Done is closed when the init process has ended. Nil: nobody watches.
+	Done <-chan struct{}
+}

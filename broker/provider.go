@@ -1,0 +1,167 @@
+package broker
+
+import (
+	"context"
+	"time"
+)
+
+// A Provider is one OAuth 2.0 or OpenID Connect server. Implementations make
+// one HTTP request per call and never repeat it: a refresh token that is sent
+// twice looks like theft to a provider that rotates.
+//
+// Errors are *ProviderError; anything else counts as an unknown outcome. No
+// error holds a response body or an error_description, since some providers
+// echo tokens there.
+//
+// All methods may be called from many goroutines at once.
+type Provider interface {
+	// Info returns what is known without asking the provider.
+	Info() ProviderInfo
+
+	// Login trades an authorization code. The subject is that of the verified
+	// ID token, or of the userinfo endpoint where there is none; without a
+	// subject Login fails. RefreshToken may be empty: the provider gave none.
+	Login(ctx context.Context, c CodeGrant) (Identity, Issued, error)
+
+	// Refresh spends refresh. scopes narrows the access token only; empty asks
+	// for all that was granted. Issued.RefreshToken is empty unless the
+	// provider gave a new one. sub is the expected subject; if the answer names
+	// another one the error is of class Dead with reason "subject_changed", and
+	// Issued still holds the answer.
+	Refresh(ctx context.Context, refresh Secret, sub string, scopes []string) (Identity, Issued, error)
+
+	// Exchange trades an access token for one with the audience and scopes
+	// (RFC 8693). It spends nothing.
+	Exchange(ctx context.Context, access Secret, t Target) (Issued, error)
+
+	// Revoke ends a refresh token (RFC 7009). A dead token is no error.
+	// Unsupported is, of class Config.
+	Revoke(ctx context.Context, refresh Secret) error
+
+	// Check says whether the provider answers now.
+	Check(ctx context.Context) error
+}
+
+// ProviderInfo is what the domain needs to know of a provider.
+type ProviderInfo struct {
+	Name      ProviderID
+	Issuer    string
+	ClientID  string
+	Narrowing Narrowing
+	// Audiences maps each audience to the scopes that must be asked for with
+	// it. An audience that is not here needs none.
+	Audiences map[string][]string
+	// ImpliedScopes come with every token of the provider, asked for or not,
+	// and give no rights of their own (openid, profile, …).
+	ImpliedScopes []string
+	// RoleClaims are the claims that policy sees as roles.
+	RoleClaims []string
+	// Adopt lets a refresh token from before the broker become a grant.
+	Adopt bool
+	// RedirectURI, if not empty, is the only one a login may name.
+	RedirectURI string
+}
+
+// Narrowing is how a provider makes an access token smaller than the grant.
+type Narrowing string
+
+const (
+	ByExchange Narrowing = "exchange" // RFC 8693, from the access token of the whole grant
+	ByScope    Narrowing = "scope"    // the scope parameter of a refresh
+	Never      Narrowing = "none"     // it can't; only whole tokens
+)
+
+// CodeGrant is what a hub sends to trade an authorization code.
+type CodeGrant struct {
+	Code        Secret
+	Verifier    Secret // PKCE; never empty
+	RedirectURI string
+}
+
+// Target is what an access token is wanted for. The zero Target is the whole
+// grant.
+type Target struct {
+	Audience string
+	Scopes   []string // sorted
+}
+
+// Identity is who an answer of a provider was about.
+type Identity struct {
+	Sub      string
+	Username string // preferred_username, for people only
+	// Roles are canonical: claim/value, sorted. Known tells an absent claim,
+	// which means no roles, from an answer that had no claims at all.
+	Roles []string
+	Known bool
+}
+
+// Issued is one token answer of a provider.
+type Issued struct {
+	AccessToken  Secret
+	TokenType    string
+	RefreshToken Secret
+	IDToken      Secret
+	// ExpiresIn is the life of the access token, 0 if the provider said none.
+	ExpiresIn time.Duration
+	// RefreshExpiresIn is the life of the refresh token, 0 if it has no end or
+	// the provider didn't say.
+	RefreshExpiresIn time.Duration
+	// Scopes is what the token carries, sorted, by its own scope claim or the
+	// answer's scope field. ScopesKnown is false if neither is there.
+	Scopes      []string
+	ScopesKnown bool
+	// Audience is the token's aud claim, sorted. AudienceKnown is false if the
+	// token can't be read.
+	Audience      []string
+	AudienceKnown bool
+}
+
+// A ProviderClass is what an unfavourable answer means for the grant.
+type ProviderClass string
+
+const (
+	// Dead: the refresh token will never work again.
+	Dead ProviderClass = "dead"
+	// Disabled: the account is switched off; the same token may work later.
+	Disabled ProviderClass = "disabled"
+	// UserAction: the user must do something at the provider; the token lives.
+	UserAction ProviderClass = "user_action"
+	// Misconfigured: our client credentials or settings are wrong; the grant lives.
+	Misconfigured ProviderClass = "config"
+	// Refused: this scope or audience can't be had; the grant lives.
+	Refused ProviderClass = "narrow"
+	// TryLater: the provider answered that it can't now, or was not reached at
+	// all; nothing was spent.
+	TryLater ProviderClass = "try_later"
+	// Lost: the request was sent and no readable answer came; the token may
+	// have been spent.
+	Lost ProviderClass = "lost"
+)
+
+// A ProviderError is a provider's unfavourable answer, or its absence.
+type ProviderError struct {
+	Class ProviderClass
+	// Reason is a word of ours: revoked, expired, reuse_detected,
+	// session_ended, subject_changed, …; never the provider's text.
+	Reason     string
+	Status     int           // HTTP status, 0 if there was no answer
+	Code       string        // the OAuth error code, if it is a known one
+	RetryAfter time.Duration // what the provider asked for
+	Err        error         // transport error, without URL or body
+}
+
+func (e *ProviderError) Error() string {
+	s := "provider: " + string(e.Class)
+	if e.Reason != "" {
+		s += " (" + e.Reason + ")"
+	}
+	if e.Code != "" {
+		s += ": " + e.Code
+	}
+	if e.Err != nil {
+		s += ": " + e.Err.Error()
+	}
+	return s
+}
+
+func (e *ProviderError) Unwrap() error { return e.Err }

@@ -1,0 +1,78 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// A Store keeps the deployment's records. Brokers on several hosts share one.
+//
+// It sees nothing but sealed bytes: the domain seals each record whole and
+// binds it to its key and revision, so whoever can write to the store can lose
+// records but not make or move one. Changes are compare-and-swap on a record's
+// revision; each call touches one key, so a Redis Cluster serves it too.
+//
+// All methods may be called from many goroutines at once. They don't retry.
+// If the back end can't answer they return an error that is neither ErrAbsent
+// nor ErrStale; a write may then have happened or not.
+type Store interface {
+	// Get returns the record at k, or ErrAbsent.
+	Get(ctx context.Context, k Key) (Record, error)
+
+	// Put stores box at k as revision was+1, if the record there still has
+	// revision was; 0 means that there is none. Otherwise it changes nothing
+	// and returns ErrStale. A positive life lets the store drop the record
+	// after it; correctness never relies on that.
+	Put(ctx context.Context, k Key, was int64, box []byte, life time.Duration) error
+
+	// Delete removes the record at k if it still has revision was, and returns
+	// ErrStale if it has another one. An absent record is no error.
+	Delete(ctx context.Context, k Key, was int64) error
+
+	// Add and Remove change the set at k, and Members lists it in no order.
+	// Doing either twice is no error; a set nobody added to is empty. Sets say
+	// where to look; what is found there is believed only once it is opened.
+	Add(ctx context.Context, k Key, member string) error
+	Remove(ctx context.Context, k Key, member string) error
+	Members(ctx context.Context, k Key) ([]string, error)
+
+	// Move raises the deployment's revision to the larger of its value plus one
+	// and the store's time in microseconds, so that a fail-over to an older
+	// copy doesn't bring a used value back, and returns it.
+	Move(ctx context.Context) (int64, error)
+
+	// Pulse returns the deployment's revision, 0 if it never moved, and the
+	// store's time, the one clock of the deployment.
+	Pulse(ctx context.Context) (Pulse, error)
+
+	// Check says whether the back end can be trusted with grants: reachable,
+	// writable, evicting nothing, persistent, protected. The error is a
+	// sentence for the administrator.
+	Check(ctx context.Context) error
+}
+
+// A Key says where a record or set lies: its kind and the parts that name it.
+// Parts may hold any bytes; a Store encodes them without loss.
+type Key struct {
+	Kind  string
+	Parts []string
+}
+
+// A Record is sealed bytes and the number of writes that led to them.
+type Record struct {
+	Revision int64
+	Box      []byte
+}
+
+// A Pulse is the store's state as of one moment.
+type Pulse struct {
+	Revision int64
+	Now      time.Time
+}
+
+// Answers of a Store.
+var (
+	ErrAbsent = errors.New("no such record")
+	ErrStale  = errors.New("the record changed meanwhile")
+)
