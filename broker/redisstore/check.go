@@ -56,6 +56,9 @@ func (s *Store) reachable(ctx context.Context) error {
 // so that a missing right shows now and not at the first revocation.
 func (s *Store) writable(ctx context.Context) error {
 	record := broker.Key{Kind: "probe", Parts: []string{rand.Text()}}
+	if err := s.tryCommands(ctx, s.record(record)); err != nil {
+		return s.sentence(err)
+	}
 	if err := s.tryRecord(ctx, record); err != nil {
 		return s.sentence(err)
 	}
@@ -78,6 +81,29 @@ func (s *Store) writable(ctx context.Context) error {
 		return s.sentence(err)
 	}
 	return s.sentence(s.client.Del(ctx, revision).Err())
+}
+
+// tryCommands runs what our scripts run, because of a script Redis doesn't say
+// which of its commands the user may not run. It runs a script by its text, too:
+// those that Redis knows already are called by their sums.
+func (s *Store) tryCommands(ctx context.Context, probe string) error {
+	for _, command := range [][]any{
+		{"EVAL", "return 'done'", 1, probe},
+		{"TIME"},
+		{"SET", probe, "1", "PX", 60_000},
+		{"GET", probe},
+		{"DEL", probe},
+		{"HSET", probe, "r", "1"},
+		{"PEXPIRE", probe, 60_000},
+		{"HGET", probe, "r"},
+		{"PERSIST", probe},
+		{"DEL", probe},
+	} {
+		if err := s.client.Do(ctx, command...).Err(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (s *Store) tryRecord(ctx context.Context, k broker.Key) error {
@@ -177,7 +203,7 @@ func (s *Store) open() error {
 	}
 	why, err := exposed(s.cfg.Socket)
 	if err != nil {
-		return fmt.Errorf("look who may open %s: %w", s.cfg.Socket, err)
+		return fmt.Errorf("%s: who may open it can't be seen: let the broker's user search the socket's directories (%w)", s.where(), err)
 	}
 	if why == "" {
 		return nil

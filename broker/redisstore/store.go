@@ -14,7 +14,7 @@
 // An ACL user needs these rights and no others; Check names one that is
 // missing:
 //
-//	~tokenbroker:* +ping +hello +select +info +eval +evalsha +time
+//	~tokenbroker:* +ping +select +info +eval +evalsha +time
 //	+get +set +hget +hmget +hset +del +persist +pexpire +sadd +srem +smembers
 package redisstore
 
