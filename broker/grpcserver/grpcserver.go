@@ -86,10 +86,24 @@ func (e edge) server(desc grpc.ServiceDesc, service any) *grpc.Server {
 func (e edge) wrap(desc grpc.ServiceDesc) *grpc.ServiceDesc {
 	methods := make([]grpc.MethodDesc, len(desc.Methods))
 	for i, m := range desc.Methods {
-		methods[i] = grpc.MethodDesc{MethodName: m.MethodName, Handler: e.answer(m.MethodName, m.Handler)}
+		methods[i] = grpc.MethodDesc{MethodName: m.MethodName, Handler: e.answer(actions[m.MethodName], m.Handler)}
 	}
 	desc.Methods = methods
 	return &desc
+}
+
+// actions is what the audit calls the methods.
+var actions = map[string]string{
+	"GetToken":          "token",
+	"ListProviders":     "providers",
+	"Claim":             "claim",
+	"CheckSession":      "session",
+	"Register":          "register",
+	"Unregister":        "unregister",
+	"Status":            "status",
+	"ListGrants":        "grants",
+	"ListRegistrations": "registrations",
+	"Disconnect":        "disconnect",
 }
 
 // answer calls a method and turns whatever goes wrong into a status that may

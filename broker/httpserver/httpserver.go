@@ -29,9 +29,9 @@ import (
 func NewWorkload(b *broker.Broker, log *slog.Logger) *http.Server {
 	e := edge{b: b, log: log, serves: func(p *broker.Peer) bool { return p.Server != broker.ServerKey{} }}
 	return e.server(e.mux([]route{
-		{"/v1/token", http.MethodGet, "GetToken", e.token},
-		{"/v1/token/{provider}", http.MethodGet, "GetToken", e.token},
-		{"/v1/providers", http.MethodGet, "ListProviders", e.providers},
+		{"/v1/token", http.MethodGet, "token", e.token},
+		{"/v1/token/{provider}", http.MethodGet, "token", e.token},
+		{"/v1/providers", http.MethodGet, "providers", e.providers},
 	}))
 }
 
@@ -39,10 +39,10 @@ func NewWorkload(b *broker.Broker, log *slog.Logger) *http.Server {
 func NewHub(b *broker.Broker, log *slog.Logger) *http.Server {
 	e := edge{b: b, log: log, serves: func(p *broker.Peer) bool { return p.Hub != "" }}
 	mux := e.mux([]route{
-		{"/v1/claim", http.MethodPost, "Claim", e.claim},
-		{"/v1/check-session", http.MethodPost, "CheckSession", e.checkSession},
-		{"/v1/register", http.MethodPost, "Register", e.register},
-		{"/v1/unregister", http.MethodPost, "Unregister", e.unregister},
+		{"/v1/claim", http.MethodPost, "claim", e.claim},
+		{"/v1/check-session", http.MethodPost, "session", e.checkSession},
+		{"/v1/register", http.MethodPost, "register", e.register},
+		{"/v1/unregister", http.MethodPost, "unregister", e.unregister},
 	})
 	mux.Handle(tokenPath, tokenEndpoint{e, hubOfSocket})
 	return e.server(mux)
@@ -82,7 +82,7 @@ func (e edge) mux(routes []route) *http.ServeMux {
 	for _, r := range routes {
 		mux.Handle(r.path, e.answer(r))
 	}
-	mux.Handle("/", e.answer(route{call: func(*http.Request, *broker.Peer, []byte) (any, error) {
+	mux.Handle("/", e.answer(route{action: "request", call: func(*http.Request, *broker.Peer, []byte) (any, error) {
 		return nil, refusal(http.StatusNotFound, "there is nothing at this path")
 	}}))
 	return mux

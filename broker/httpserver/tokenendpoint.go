@@ -61,7 +61,7 @@ func checkSecret(r *http.Request, f url.Values, want broker.Secret) error {
 }
 
 func (t tokenEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	action := "Token" // until the grant type is known
+	action := "grant" // until the grant type is known
 	defer func() {
 		if v := recover(); v != nil {
 			t.fail(w, r, action, t.crashed(action, v))
@@ -96,7 +96,7 @@ func (t tokenEndpoint) trade(w http.ResponseWriter, r *http.Request, action *str
 		*action = login
 		return t.login(r, hub, provider, f)
 	case "refresh_token":
-		*action = "Refresh"
+		*action = "refresh"
 		return t.refresh(r, hub, provider, f)
 	case "":
 		return broker.HubToken{}, missing("grant_type")
@@ -105,7 +105,7 @@ func (t tokenEndpoint) trade(w http.ResponseWriter, r *http.Request, action *str
 		broker.Errorf(broker.Invalid, "grant_type must be authorization_code or refresh_token")}
 }
 
-const login = "Login"
+const login = "login"
 
 func (t tokenEndpoint) login(r *http.Request, hub broker.HubID, provider broker.ProviderID, f url.Values) (broker.HubToken, error) {
 	for _, name := range []string{"code", "redirect_uri"} {
