@@ -2,6 +2,7 @@ package spawnerhook_test
 
 import (
 	"errors"
+	"os"
 	"strings"
 	"testing"
 
@@ -129,7 +130,7 @@ func TestCheckSaysTheLevel(t *testing.T) {
 	if err != nil || level != "pidfd" && level != "proc" {
 		t.Errorf("Check without namespaces to read: got %q, %v", level, err)
 	}
-	l.namespaces(t, 1, 4026531836, 4026531841)
+	l.namespaces(t, os.Getpid(), 4026531836, 4026531841) // the engine is in this process
 	withNamespaces, err := l.docker.Check(t.Context())
 	if err != nil || level == "pidfd" && withNamespaces != "pidfd+ns" {
 		t.Errorf("Check: got %q, %v", withNamespaces, err)
