@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from people import Browser, Hub  # noqa: E402
+from people import Browser, Hub, Keycloak  # noqa: E402
 from refstack.stack import BROKER, OLD_WAY, STATE, Stack  # noqa: E402
 
 TOKEN_LIFE = 20  # seconds, of Keycloak's access tokens
@@ -40,11 +41,46 @@ def old_hub(stack):
 
 
 @pytest.fixture(scope="session")
+def keycloak(stack):
+    return Keycloak(stack)
+
+
+@pytest.fixture(scope="session")
 def alice(hub):
-    """Alice's browser, logged in, and her running server."""
-    browser = Browser()
-    browser.log_in(hub.url, "alice")
-    return browser, hub.spawn("alice")
+    """Alice's running server. She is a researcher."""
+    Browser().log_in(hub.url, "alice")
+    return hub.spawn("alice")
+
+
+@pytest.fixture(scope="session")
+def bob(hub):
+    """Bob's running server. He is a student."""
+    Browser().log_in(hub.url, "bob")
+    return hub.spawn("bob")
+
+
+@pytest.fixture(scope="session")
+def admin(stack):
+    """The administrator's commands; returns their JSON."""
+
+    def run(*args):
+        done = subprocess.run([STATE / "bin/tokenbroker", *args, "-o", "json", "--socket", stack.dir / "admin.sock"],
+                              stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def audit(stack):
+    """Finds audit lines by what they hold."""
+
+    def lines(text):
+        assert text
+        return [line for line in (stack.dir / "log/audit.jsonl").read_text().splitlines() if text in line]
+
+    return lines
 
 
 class UnixConnection(http.client.HTTPConnection):

@@ -1,8 +1,10 @@
 """People at a browser, hubs over their API, and code that runs inside a server."""
 
+import base64
 import html
 import json
 import re
+import time
 import uuid
 from urllib.parse import quote, urljoin, urlsplit
 
@@ -114,9 +116,10 @@ class Server:
         headers = {"Authorization": f"token {self.token}"}
         return requests.request(method, self.url + "api/" + path, headers=headers, timeout=60, **kwargs)
 
-    def put(self, path, content):
-        """Write a text file in the user's home."""
-        response = self.api("PUT", f"contents/{path}", json={"type": "file", "format": "text", "content": content})
+    def put_bytes(self, path, content):
+        """Write a file in the user's home."""
+        response = self.api("PUT", f"contents/{path}", json={
+            "type": "file", "format": "base64", "content": base64.b64encode(content).decode()})
         assert response.status_code in (200, 201), response.text
 
     def run(self, code):
@@ -141,6 +144,76 @@ class Server:
             f"done = subprocess.run(['sh', '-c', {command!r}], capture_output=True, text=True)\n"
             "print(json.dumps([done.returncode, done.stdout + done.stderr]))")
         return tuple(json.loads(out))
+
+    def ask(self, path="/v1/token/keycloak"):
+        """Ask the broker as JSON, from inside; returns an Answer."""
+        code, out = self.sh(
+            "curl -s -w '\\n%{http_code} %header{retry-after}' --unix-socket /run/tokenbroker/broker.sock "
+            f"'http://localhost{path}'")
+        body, _, last = out.rpartition("\n")
+        status, _, retry_after = last.partition(" ")
+        return Answer(int(status), json.loads(body) if body else {}, retry_after) if code == 0 else Answer(0, {}, "")
+
+
+class Answer:
+    """What the broker answered; status 0: it was not there."""
+
+    def __init__(self, status, body, retry_after):
+        self.status, self.body, self.retry_after = status, body, retry_after
+
+    @property
+    def token(self):
+        assert self.status == 200, self
+        return self.body["access_token"]
+
+    def __repr__(self):
+        return f"{self.status} {self.body}"
+
+
+def claims(token):
+    """The claims of a JWT, unverified."""
+    payload = token.split(".")[1]
+    return json.loads(base64.urlsafe_b64decode(payload + "=" * (-len(payload) % 4)))
+
+
+def wait_until_expired(*tokens):
+    """Wait until JWTs have ended."""
+    for token in tokens:
+        end = claims(token)["exp"]
+        wait_for("end of a token", lambda: time.time() > end + 0.5, 90)
+
+
+class Keycloak:
+    """The provider, past the counting proxy: as its administrator, and as a service that is sent tokens."""
+
+    def __init__(self, stack):
+        self.stack = stack
+        self.base = f"http://127.0.0.1:{stack.settings['keycloak_port']}"
+        self.realm = f"{self.base}/realms/lab/protocol/openid-connect"
+
+    def introspect(self, token, service="storage"):
+        """What a service learns of a token that it was sent."""
+        response = requests.post(f"{self.realm}/token/introspect", data={"token": token},
+                                 auth=(service, self.stack.secret(f"{service}-secret")), timeout=30)
+        response.raise_for_status()
+        return response.json()
+
+    def userinfo(self, token):
+        return requests.get(f"{self.realm}/userinfo", headers={"Authorization": f"Bearer {token}"}, timeout=30)
+
+    def admin(self, method, path, **kwargs):
+        token = requests.post(f"{self.base}/realms/master/protocol/openid-connect/token", timeout=30, data={
+            "grant_type": "password", "client_id": "admin-cli", "username": "admin",
+            "password": self.stack.secret("keycloak-admin")}).json()["access_token"]
+        response = requests.request(method, f"{self.base}/admin/realms/lab{path}", timeout=30,
+                                    headers={"Authorization": f"Bearer {token}"}, **kwargs)
+        response.raise_for_status()
+        return response
+
+    def end_sessions(self, user):
+        """What an administrator does who clicks on "Sign out"."""
+        id = self.admin("GET", f"/users?username={user}&exact=true").json()[0]["id"]
+        self.admin("POST", f"/users/{id}/logout")
 
 
 def _execute(ws, session, code):

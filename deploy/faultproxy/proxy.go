@@ -77,7 +77,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case f != nil && f.Status != 0:
 		w.Header().Set("Content-Type", f.contentType())
 		answer.WriteHeader(f.Status)
-		io.WriteString(answer, f.Body)
+		io.WriteString(answer, strings.ReplaceAll(f.Body, "{refresh_token}", form.Get("refresh_token")))
 	default:
 		p.forward.ServeHTTP(answer, r)
 	}
@@ -196,7 +196,7 @@ type fault struct {
 
 	Delay  duration `json:"delay"`  // before anything else; ends early when the fault is cleared
 	Status int      `json:"status"` // answered instead of asking the provider
-	Body   string   `json:"body"`   // with Status
+	Body   string   `json:"body"`   // with Status; {refresh_token} in it stands for the request's
 	Drop   bool     `json:"drop"`   // break the connection, provider not asked
 	Lose   bool     `json:"lose"`   // ask the provider, then break the connection
 

@@ -155,6 +155,7 @@ func TestAFaultDoesWhatItSays(t *testing.T) {
 		asked      int // calls that reached the provider
 	}{
 		{"a status instead of an answer", `{"status":503,"body":"<html>"}`, 503, "<html>", 0},
+		{"an answer that repeats the secret", `{"status":400,"body":"you sent {refresh_token}"}`, 400, "you sent " + jwt("alice", "old"), 0},
 		{"a dropped request", `{"drop":true}`, 0, "", 0},
 		{"a lost answer", `{"lose":true}`, 0, "", 1},
 		{"another kind of call", `{"kind":"userinfo","drop":true}`, 200, "access_token", 1},
