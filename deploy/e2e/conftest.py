@@ -17,6 +17,7 @@ from refstack.stack import BROKER, OLD_WAY, STATE, Stack  # noqa: E402
 
 TOKEN_LIFE = 20  # seconds, of Keycloak's access tokens
 REFRESH_AGE = 1  # seconds after which the hub asks about a user again
+PLANTED = set()  # refresh tokens that a test itself gave to the hub
 
 
 @pytest.fixture(scope="session")
