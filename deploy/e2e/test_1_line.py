@@ -2,6 +2,9 @@
 
 import hashlib
 import io
+import os
+import shutil
+import subprocess
 import time
 import zipfile
 from pathlib import Path
@@ -12,7 +15,7 @@ from leaks import auth_states
 from people import Browser, Refused, claims
 from refstack.docker import inspect
 from refstack.process import wait_for
-from refstack.stack import BROKER, CHECKOUT
+from refstack.stack import BROKER, CHECKOUT, STATE
 
 
 def test_the_hub_holds_a_handle_and_no_refresh_token(stack, alice):
@@ -96,6 +99,30 @@ except tokenbroker.TokenBrokerError as e:
     print(type(e).__name__, '|', e)
 """)
     assert "nosuch" in out, out
+
+
+@pytest.fixture(scope="session")
+def go_client(alice):
+    """A Go program in alice's home that asks over gRPC."""
+    path = STATE / "bin/ask"
+    go = shutil.which("go") or "/usr/local/go/bin/go"
+    subprocess.run([go, "build", "-o", path, "./deploy/e2e/ask"], cwd=CHECKOUT, check=True,
+                   env={**os.environ, "CGO_ENABLED": "0"})
+    alice.put_bytes("ask", path.read_bytes())
+    alice.sh("chmod 755 ask")
+    return "./ask"
+
+
+def test_the_go_client_gets_the_same_token_over_grpc(alice, go_client):
+    json_token = alice.ask("/v1/token/keycloak?audience=storage").token
+    code, out = alice.sh(f"{go_client} storage")
+    assert code == 0, out
+    assert out.strip() == json_token or claims(out.strip())["iat"] > claims(json_token)["iat"]
+
+
+def test_the_go_client_is_told_the_same_code_over_grpc(alice, go_client):
+    code, out = alice.sh(f"{go_client} nowhere")
+    assert code == 1 and "code denied" in out, out
 
 
 def test_what_the_image_lacks_is_not_needed(alice):
