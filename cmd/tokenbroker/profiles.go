@@ -1,0 +1,3 @@
+package main
+
+func profiles() []string { return []string{"generic", "keycloak"} }
