@@ -37,10 +37,10 @@ type Config struct {
 	// Keys seal the records. `tokenbroker keys create` makes them.
 	Keys KeysConfig `yaml:"keys"`
 	// Providers are the OAuth 2.0 and OpenID Connect servers. No default.
-	Providers map[broker.ProviderID]ProviderConfig `yaml:"providers"`
+	Providers map[broker.ProviderID]ProviderConfig `yaml:"providers,omitempty"`
 	// Policy is who may have which tokens: the first rule that covers a request
 	// answers it, and what none covers is denied. No default.
-	Policy []RuleConfig `yaml:"policy"`
+	Policy []RuleConfig `yaml:"policy,omitempty"`
 	// Admin is the socket of the administrator's commands.
 	Admin AdminConfig `yaml:"admin"`
 	// Audit is where the audit lines go.
@@ -56,9 +56,9 @@ type HubConfig struct {
 	// /run/tokenbroker/hubs/NAME/hub.sock.
 	Socket string `yaml:"socket"`
 	// UID is who the hub runs as; nobody else is let in. Default: 0.
-	UID uint32 `yaml:"uid"`
+	UID uint32 `yaml:"uid,omitempty"`
 	// Login is the provider that the hub's users log in with. Default: the only one.
-	Login broker.ProviderID `yaml:"login"`
+	Login broker.ProviderID `yaml:"login,omitempty"`
 	// Listener is a token endpoint for hubs without our Python half. Default: none.
 	Listener *ListenerConfig `yaml:"listener,omitempty"`
 }
@@ -66,12 +66,12 @@ type HubConfig struct {
 // ListenerConfig is a TCP token endpoint.
 type ListenerConfig struct {
 	// Address is host:port. Without TLS the host must be a loopback address.
-	Address string `yaml:"address"`
+	Address string `yaml:"address,omitempty"`
 	// TLSCertFile and TLSKeyFile are the certificate chain and key, as PEM.
 	TLSCertFile string `yaml:"tls_cert_file,omitempty"`
 	TLSKeyFile  string `yaml:"tls_key_file,omitempty"`
 	// ClientSecretFile holds what the hub must send as client_secret.
-	ClientSecretFile string `yaml:"client_secret_file"`
+	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
 }
 
 // ServersConfig is about single-user servers.
@@ -135,7 +135,7 @@ type ProviderConfig struct {
 	// Endpoints stand in for discovery.
 	Endpoints EndpointsConfig `yaml:"endpoints,omitempty"`
 	// ClientID is the client that the hub's logins are made with.
-	ClientID string `yaml:"client_id"`
+	ClientID string `yaml:"client_id,omitempty"`
 	// ClientSecretFile holds its secret. The hub needs it no more.
 	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
 	// PrivateKeyFile signs assertions in place of a secret.
@@ -178,7 +178,7 @@ type RuleConfig struct {
 	Images  []string            `yaml:"images,omitempty"`
 	Roles   []string            `yaml:"roles,omitempty"`
 	// Provider is whose tokens. Default: the only one.
-	Provider broker.ProviderID `yaml:"provider"`
+	Provider broker.ProviderID `yaml:"provider,omitempty"`
 	// Audiences and Scopes are what may be asked for.
 	Audiences []string `yaml:"audiences,omitempty"`
 	Scopes    []string `yaml:"scopes,omitempty"`
