@@ -16,6 +16,7 @@ import (
 	"strings"
 
 	"tokenbroker/broker"
+	"tokenbroker/broker/oauthprovider"
 )
 
 // check looks for mistakes in what a configuration says, notes them in d, and
@@ -178,8 +179,8 @@ func (k checker) providers() {
 }
 
 func (k checker) oneProvider(key string, p *ProviderConfig) {
-	if !slices.Contains(profiles(), p.Profile) {
-		k.add(key+".profile", "there is no profile %q; there are %s", p.Profile, strings.Join(profiles(), ", "))
+	if !slices.Contains(oauthprovider.Profiles(), p.Profile) {
+		k.add(key+".profile", "there is no profile %q; there are %s", p.Profile, strings.Join(oauthprovider.Profiles(), ", "))
 	}
 	if p.Issuer == "" && p.Endpoints.Token == "" {
 		k.add(key+".issuer", "is missing; a server without OpenID Connect needs endpoints.token instead")

@@ -144,7 +144,7 @@ type ProviderConfig struct {
 	AuthStyle string `yaml:"auth_style,omitempty"`
 	// CAFile holds who signed the server's certificate. Default: the system's.
 	CAFile string `yaml:"ca_file,omitempty"`
-	// Proxy is an HTTP proxy. Default: as the environment says.
+	// Proxy is the URL of an HTTP proxy. Default: none, whatever the environment says.
 	Proxy string `yaml:"proxy,omitempty"`
 	// RedirectURI is the only one that a login may name. Default: any.
 	RedirectURI string `yaml:"redirect_uri,omitempty"`
@@ -205,6 +205,10 @@ type AuditConfig struct {
 // load reads, completes and checks a configuration file. If anything is wrong
 // with it, the error is Mistakes and names all of it.
 func load(path string) (*Config, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
 	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("read configuration: %w", err)

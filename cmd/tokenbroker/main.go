@@ -25,7 +25,7 @@ func main() {
 }
 
 // run does what args say and returns the exit code: 0 done, 1 failed, 2 wrong
-// usage, 3 refused, 4 not found, 5 the broker can't be reached.
+// usage, 3 refused, 5 the broker can't be reached.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root := newRoot()
 	root.SetArgs(args)
@@ -66,7 +66,7 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.PersistentFlags().VarP(new(format), "output", "o", "table or json")
-	root.AddCommand(newConfig(), newStatus(), newSessions(), newUsers(), newKeys(), newVersion())
+	root.AddCommand(newServe(), newConfig(), newStatus(), newSessions(), newUsers(), newKeys(), newDoctor(), newVersion())
 	return root
 }
 

@@ -1,3 +1,0 @@
-package main
-
-func profiles() []string { return []string{"generic", "keycloak"} }
