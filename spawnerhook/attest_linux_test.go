@@ -76,11 +76,13 @@ func TestAZombieIsNotAttested(t *testing.T) {
 	l.container(t, pid, w.Container)
 	caller := peer(t, pid)
 	wantAttested(t, l.docker.Attest(caller, w), "")
+	wantAttested(t, l.docker.Alive(caller), "")
 	end()
 	if err := unix.Kill(pid, 0); err != nil {
 		t.Fatalf("signal 0 to a zombie: %v", err)
 	}
 	wantAttested(t, l.docker.Attest(caller, w), "has ended")
+	wantAttested(t, l.docker.Alive(caller), "has ended")
 }
 
 func TestWithoutPidfdTheStartTimeTellsProcessesApart(t *testing.T) {
