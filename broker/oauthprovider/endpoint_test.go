@@ -312,6 +312,78 @@ func TestLifetimesAreReadAsServersWriteThem(t *testing.T) {
 	}
 }
 
+func TestATokenThatCannotStandInALineIsNoAnswer(t *testing.T) {
+	for _, token := range []string{`a\nb`, `a\u0000`, `a\u007f`, `\u00e4`} {
+		u := serve(t, func(w http.ResponseWriter, r *http.Request) { fmt.Fprintf(w, `{"access_token":"%s"}`, token) })
+		wantClass(t, do(t, plainProvider(t, "generic", u), "refresh"), broker.Lost, "unreadable_answer")
+	}
+}
+
+func TestTheSameRefreshTokenAgainIsNotANewOne(t *testing.T) {
+	u := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, `{"access_token":"a","refresh_token":"r"}`)
+	})
+	p := plainProvider(t, "generic", u)
+	for sent, isNew := range map[string]bool{"r": false, "q": true} {
+		_, got, err := p.Refresh(t.Context(), broker.NewSecret(sent), "sub", nil)
+		if err != nil || got.RefreshToken.IsZero() == isNew {
+			t.Errorf("sent %q: a new refresh token: %t, error %v", sent, !got.RefreshToken.IsZero(), err)
+		}
+	}
+}
+
+func TestAnAdoptedTokenOfNobodyIsAnErrorThatKeepsTheAnswer(t *testing.T) {
+	u := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		io.WriteString(w, `{"access_token":"a","refresh_token":"r2"}`)
+	})
+	_, got, err := plainProvider(t, "generic", u).Refresh(t.Context(), broker.NewSecret("r"), "", nil)
+	if !errors.Is(err, broker.ErrDenied) || got.RefreshToken.Reveal() != "r2" {
+		t.Errorf("got new refresh token %t, error %v", !got.RefreshToken.IsZero(), err)
+	}
+}
+
+func TestALoginWithoutAVerifierIsNotSent(t *testing.T) {
+	u := serve(t, func(http.ResponseWriter, *http.Request) { t.Error("it was sent") })
+	_, _, err := plainProvider(t, "generic", u).Login(t.Context(), broker.CodeGrant{Code: broker.NewSecret("c")})
+	if !errors.Is(err, broker.ErrInvalid) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestCheckWithoutDiscoveryTakesAnyAnswer(t *testing.T) {
+	status := http.StatusMethodNotAllowed
+	u := serve(t, func(w http.ResponseWriter, r *http.Request) { w.WriteHeader(status) })
+	p := plainProvider(t, "generic", u)
+	if err := p.Check(t.Context()); err != nil {
+		t.Errorf("405 is an answer: %v", err)
+	}
+	status = http.StatusBadGateway
+	wantClass(t, p.Check(t.Context()), broker.TryLater, "provider_error")
+}
+
+func TestInfoIsWhatWasConfiguredAndWhatTheProfileAdds(t *testing.T) {
+	cfg := oauthprovider.Config{
+		Name: "lab", Profile: "keycloak", Issuer: "https://sso.example.org/realms/lab", ClientID: "hub", RedirectURI: "https://hub.example.org/cb",
+		Roles: []string{"roles"}, Audiences: map[string][]string{"storage": {"storage"}}, Adopt: true,
+	}
+	p, err := oauthprovider.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := broker.ProviderInfo{
+		Name: "lab", Issuer: "https://sso.example.org/realms/lab", ClientID: "hub", Narrowing: broker.ByExchange,
+		Audiences: map[string][]string{"storage": {"storage"}}, RoleClaims: []string{"roles"}, Adopt: true, RedirectURI: "https://hub.example.org/cb",
+		ImpliedScopes: []string{"acr", "basic", "email", "offline_access", "openid", "profile", "roles", "web-origins"},
+	}
+	if diff := cmp.Diff(want, p.Info()); diff != "" {
+		t.Errorf("Info (-want +got):\n%s", diff)
+	}
+	cfg.Narrowing = broker.Never
+	if p, err = oauthprovider.New(cfg); err != nil || p.Info().Narrowing != broker.Never {
+		t.Errorf("narrowing none was configured: got %q, error %v", p.Info().Narrowing, err)
+	}
+}
+
 func TestTheScopeFieldOfAnOpaqueToken(t *testing.T) {
 	for _, tt := range []struct {
 		answer string

@@ -22,6 +22,7 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -72,7 +73,8 @@ type Config struct {
 	Log     *slog.Logger  // nil: none
 }
 
-// Endpoints are URLs. Empty ones come from discovery.
+// Endpoints are URLs. Empty ones come from discovery. Introspection is not asked
+// by anything yet.
 type Endpoints struct {
 	Token, Userinfo, JWKS, Revocation, Introspection string
 }
@@ -114,7 +116,7 @@ func New(cfg Config) (*Provider, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	if u, _ := url.Parse(cmp.Or(cfg.DiscoveryURL, cfg.Endpoints.Token, cfg.Issuer)); u.Scheme != "https" {
+	if u, _ := url.Parse(cmp.Or(cfg.DiscoveryURL, cfg.Endpoints.Token, cfg.Issuer)); u.Scheme != "https" && !here(u.Hostname()) {
 		p.log.Warn("the provider is asked without TLS: whoever is on the way reads every token", "host", u.Host)
 	}
 	p.profile = profiles[cmp.Or(cfg.Profile, "generic")]
@@ -358,6 +360,12 @@ func (c Config) checkAuth() error {
 func isURL(s string) bool {
 	u, err := url.Parse(s)
 	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != "" && u.User == nil && u.Fragment == ""
+}
+
+// here reports whether a host is this machine.
+func here(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 // set is the sorted union of lists.
