@@ -337,8 +337,9 @@ func TestAnAdoptedTokenOfNobodyIsAnErrorThatKeepsTheAnswer(t *testing.T) {
 		io.WriteString(w, `{"access_token":"a","refresh_token":"r2"}`)
 	})
 	_, got, err := plainProvider(t, "generic", u).Refresh(t.Context(), broker.NewSecret("r"), "", nil)
-	if !errors.Is(err, broker.ErrDenied) || got.RefreshToken.Reveal() != "r2" {
-		t.Errorf("got new refresh token %t, error %v", !got.RefreshToken.IsZero(), err)
+	wantClass(t, err, broker.Dead, "no_subject")
+	if got.RefreshToken.Reveal() != "r2" {
+		t.Error("the answer is lost, nobody can revoke it")
 	}
 }
 
