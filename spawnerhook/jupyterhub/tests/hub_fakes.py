@@ -42,7 +42,9 @@ class Engine:
 
     def inspect_container(self, name):
         if name not in self.containers:
-            raise docker.errors.NotFound("no such container", response=SimpleNamespace(status_code=404, reason="", url=""))
+            raise docker.errors.NotFound(
+                "no such container", response=SimpleNamespace(status_code=404, reason="", url="")
+            )
         return self.containers[name]
 
     def create_container(self, **kwargs):
