@@ -40,6 +40,14 @@ func (d *Docker) Attest(p *broker.Peer, w *broker.Workload) error {
 	return nil
 }
 
+// Alive implements broker.Attestor.
+func (d *Docker) Alive(p *broker.Peer) error {
+	if err := peerAlive(p, d.proc); err != nil {
+		return hasEnded(err)
+	}
+	return nil
+}
+
 // sameNamespaces is the proof that a writable cgroup file system doesn't defeat.
 func (d *Docker) sameNamespaces(pid int32, w *broker.Workload) error {
 	for _, ns := range []struct {

@@ -105,30 +105,28 @@ func (d *Docker) Check(ctx context.Context) (string, error) {
 	case info.userns:
 		return "", broker.Errorf(broker.Denied, "this Docker remaps users (userns-remap), which is not supported")
 	}
-	if err := d.checkKernel(ctx); err != nil {
-		return "", err
-	}
-	_, err = d.proc.namespace(1, "mnt")
-	return d.level(err == nil), nil
+	return d.checkKernel(ctx)
 }
 
-// checkKernel asks what binding needs.
-func (d *Docker) checkKernel(ctx context.Context) error {
+// checkKernel asks for what binding needs, and returns the level of attestation
+// it allows. Docker's own process stands for the containers': all are root's.
+func (d *Docker) checkKernel(ctx context.Context) (string, error) {
 	self, err := openPidfd(int32(os.Getpid()))
 	if err != nil {
-		return broker.Errorf(broker.Denied, "this kernel has no pidfds: Linux 5.3 or newer is needed").Because(err)
+		return "", broker.Errorf(broker.Denied, "this kernel has no pidfds: Linux 5.3 or newer is needed").Because(err)
 	}
 	self.Close()
-	// Docker's own process has no number here if we are in a PID namespace
-	// beside its one; then no container's has.
-	pid, err := peerOf(ctx, d.cfg.Socket)
+	pid, err := listenerOf(ctx, d.cfg.Socket)
 	if err != nil {
-		return unavailable(err)
+		return "", unavailable(err)
 	}
+	// It has no number here if we are in a PID namespace beside its one; then no
+	// container's process has.
 	if pid == 0 {
-		return broker.Errorf(broker.Denied, "the broker can't see the host's processes: its container needs pid: host")
+		return "", broker.Errorf(broker.Denied, "the broker can't see the host's processes: its container needs pid: host")
 	}
-	return nil
+	_, err = d.proc.namespace(pid, "mnt")
+	return d.level(err == nil), nil
 }
 
 // level names the proofs that are to be had.
@@ -142,8 +140,8 @@ func (d *Docker) level(namespaces bool) string {
 	return "pidfd+ns"
 }
 
-// peerOf returns the number of the process that listens at a socket.
-func peerOf(ctx context.Context, socket string) (int32, error) {
+// listenerOf returns the number of the process that listens at a socket.
+func listenerOf(ctx context.Context, socket string) (int32, error) {
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
 	conn, err := new(net.Dialer).DialContext(ctx, "unix", socket)

@@ -21,6 +21,7 @@ func (*Docker) Bind(context.Context, broker.Registration) (*broker.Workload, err
 	return nil, errNotLinux
 }
 func (*Docker) Attest(*broker.Peer, *broker.Workload) error         { return errNotLinux }
+func (*Docker) Alive(*broker.Peer) error                            { return errNotLinux }
 func (*Docker) Watch(context.Context, func(container string)) error { return errNotLinux }
 func (*Docker) Check(context.Context) (string, error)               { return "", errNotLinux }
 

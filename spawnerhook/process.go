@@ -43,6 +43,18 @@ func (*Process) Attest(p *broker.Peer, w *broker.Workload) error {
 	return nil
 }
 
+// Alive implements broker.Attestor.
+func (*Process) Alive(p *broker.Peer) error {
+	if err := processAlive(p); err != nil {
+		return hasEnded(err)
+	}
+	return nil
+}
+
+func hasEnded(cause error) error {
+	return broker.Errorf(broker.UnknownPeer, "the process that opened this connection has ended").Because(cause)
+}
+
 // Watch implements broker.Attestor: nothing happens to uids.
 func (*Process) Watch(ctx context.Context, _ func(container string)) error {
 	<-ctx.Done()

@@ -32,7 +32,8 @@ type Engine struct {
 	security   []string
 	containers map[string]*fakeContainer // by name
 	events     []engineEvent             // the newest 256
-	streams    map[chan engineEvent]bool
+	streams    map[*engineStream]bool
+	sent       *sync.Cond // on mu: a stream has written an event, or ended
 	onInspect  func(name string)
 	server     *http.Server
 	down       chan struct{} // closed when the server goes down
@@ -42,6 +43,12 @@ type Engine struct {
 type fakeContainer struct {
 	id      string
 	inspect map[string]any
+}
+
+// An engineStream is somebody who reads events.
+type engineStream struct {
+	news    chan engineEvent
+	pending int // events that are not written yet
 }
 
 type engineEvent struct {
@@ -71,6 +78,7 @@ func NewEngine(t testing.TB) *Engine {
 		security:   []string{"name=seccomp,profile=default"},
 		containers: map[string]*fakeContainer{},
 	}
+	e.sent = sync.NewCond(&e.mu)
 	if err := e.Up(); err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +98,7 @@ func (e *Engine) Up() error {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.events, e.streams = nil, map[chan engineEvent]bool{}
+	e.events, e.streams = nil, map[*engineStream]bool{}
 	e.down = make(chan struct{})
 	e.server = &http.Server{Handler: e.handler()}
 	go e.server.Serve(l)
@@ -170,6 +178,14 @@ func (e *Engine) Restart(name string, pid int) {
 	e.Start(name, pid)
 }
 
+// Pause holds a container.
+func (e *Engine) Pause(name string) {
+	e.with(name, func(c *fakeContainer) {
+		c.inspect["State"].(map[string]any)["Paused"] = true
+		e.emit(c, "pause", nil)
+	})
+}
+
 // Exec tells of a docker exec, as Docker does: with its command line.
 func (e *Engine) Exec(name, command string) {
 	e.with(name, func(c *fakeContainer) { e.emit(c, "exec_start: "+command, nil) })
@@ -190,6 +206,15 @@ func (e *Engine) Remove(name string) {
 	e.with(name, func(c *fakeContainer) {
 		delete(e.containers, name)
 		e.emit(c, "destroy", nil)
+	})
+}
+
+// Drain waits until everybody who reads events was told of all there are.
+func (e *Engine) Drain() {
+	e.locked(func() {
+		for slices.ContainsFunc(slices.Collect(maps.Keys(e.streams)), func(s *engineStream) bool { return s.pending > 0 }) {
+			e.sent.Wait()
+		}
 	})
 }
 
@@ -236,7 +261,8 @@ func (e *Engine) emit(c *fakeContainer, action string, attributes map[string]str
 	e.events = e.events[max(0, len(e.events)-256):]
 	for s := range e.streams {
 		select {
-		case s <- event:
+		case s.news <- event:
+			s.pending++
 		default: // like Docker: who reads slowly is not told
 		}
 	}
@@ -334,14 +360,17 @@ func (e *Engine) find(name string) *fakeContainer {
 func (e *Engine) stream(w http.ResponseWriter, r *http.Request) {
 	wanted := wantedEvents(r)
 	since, _ := strconv.ParseFloat(r.URL.Query().Get("since"), 64)
-	news := make(chan engineEvent, 1024)
+	s := &engineStream{news: make(chan engineEvent, 1024)}
 	var old []engineEvent
 	var down chan struct{}
 	e.locked(func() {
 		old, down = slices.Clone(e.events), e.down
-		e.streams[news] = true
+		e.streams[s] = true
 	})
-	defer e.locked(func() { delete(e.streams, news) })
+	defer e.locked(func() {
+		delete(e.streams, s)
+		e.sent.Broadcast()
+	})
 	send := func(v engineEvent) {
 		if wanted(v) {
 			json.NewEncoder(w).Encode(v)
@@ -356,8 +385,12 @@ func (e *Engine) stream(w http.ResponseWriter, r *http.Request) {
 	}
 	for {
 		select {
-		case v := <-news:
+		case v := <-s.news:
 			send(v)
+			e.locked(func() {
+				s.pending--
+				e.sent.Broadcast()
+			})
 		case <-r.Context().Done():
 			return
 		case <-down:

@@ -16,7 +16,8 @@ import (
 	"time"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/encoding"
+	protocodec "google.golang.org/grpc/encoding/proto"
 	"google.golang.org/grpc/health"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
@@ -58,6 +59,7 @@ func (e edge) server(desc grpc.ServiceDesc, service any) *grpc.Server {
 	s := grpc.NewServer(
 		grpc.Creds(peerCredentials{}),
 		grpc.ConnectionTimeout(5*time.Second),
+		grpc.ForceServerCodecV2(codec{encoding.GetCodecV2(protocodec.Name)}),
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(16<<10),
 		grpc.MaxConcurrentStreams(32),
@@ -119,7 +121,7 @@ func (e edge) answer(action string, method grpc.MethodHandler) grpc.MethodHandle
 		if p == nil || !e.serves(p) {
 			return nil, e.refuse(p, action, broker.Errorf(broker.UnknownPeer, "this socket serves others"))
 		}
-		answer, err = method(service, ctx, func(m any) error { return unreadable(read(m)) }, i)
+		answer, err = method(service, ctx, func(m any) error { return receive(read, m) }, i)
 		if err != nil {
 			return nil, e.failed(ctx, p, action, err)
 		}
@@ -153,19 +155,5 @@ func (e edge) crashed(action string, v any) error {
 		err = fmt.Errorf("panic: %w", r)
 	}
 	e.log.Error("a call crashed", "action", action, "err", err, "stack", string(debug.Stack()))
-	return err
-}
-
-// unreadable says why a request could not be read. gRPC's own words would quote
-// it.
-func unreadable(err error) error {
-	switch status.Code(err) {
-	case codes.OK:
-		return nil
-	case codes.ResourceExhausted:
-		return broker.Errorf(broker.Invalid, "the request is larger than %d bytes", maxMessage)
-	case codes.Internal:
-		return broker.Errorf(broker.Invalid, "the request is not a valid message of its type").Because(err)
-	}
 	return err
 }

@@ -135,17 +135,6 @@ func (s *Servers) closeLocked(k broker.ServerKey) error {
 	return d.close()
 }
 
-// Remove closes k and removes its directory with all that is in it.
-func (s *Servers) Remove(k broker.ServerKey) error {
-	dir, err := s.Directory(k)
-	if err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return errors.Join(s.closeLocked(k), os.RemoveAll(dir))
-}
-
 // Shutdown closes all servers' sockets and both listeners, and lets another
 // broker have the directory. The servers' directories stay.
 func (s *Servers) Shutdown() error {

@@ -263,23 +263,6 @@ func TestOpenAgain(t *testing.T) {
 	accept(t, s.HTTP())
 }
 
-func TestRemoveLeavesNothing(t *testing.T) {
-	s, dir := newServers(t)
-	path := open(t, s, alice)
-	if err := os.WriteFile(filepath.Dir(path)+"/more", nil, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Remove(alice); err != nil {
-		t.Fatal(err)
-	}
-	if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
-		t.Errorf("after Remove: %v, %v, want nothing", left, err)
-	}
-	if err := s.Remove(bob); err != nil {
-		t.Errorf("Remove of what never was: %v", err)
-	}
-}
-
 func TestModesDoNotDependOnTheUmask(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0o077))
 	s, dir := newServers(t)
