@@ -148,7 +148,8 @@ type ProviderConfig struct {
 	Proxy string `yaml:"proxy,omitempty"`
 	// RedirectURI is the only one that a login may name. Default: any.
 	RedirectURI string `yaml:"redirect_uri,omitempty"`
-	// Roles are the claims that policy sees as roles. Default: the profile's.
+	// Roles are the claims that policy sees as roles; a dot steps into an
+	// object, as in realm_access.roles. Default: roles and groups.
 	Roles []string `yaml:"roles,omitempty"`
 	// Audiences maps an audience to the scopes that must be asked for with it.
 	Audiences map[string][]string `yaml:"audiences,omitempty"`
@@ -263,6 +264,9 @@ func (c *Config) fill() {
 	def(&c.Keys.KEKFile, "kek")
 	for name, p := range c.Providers {
 		def(&p.Profile, "generic")
+		if p.Roles == nil {
+			p.Roles = []string{"roles", "groups"}
+		}
 		c.Providers[name] = p
 	}
 	for i := range c.Policy {

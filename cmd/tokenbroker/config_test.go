@@ -82,7 +82,7 @@ func TestAMinimalFileIsCompleted(t *testing.T) {
 		Keys:    KeysConfig{filepath.Join(dir, "keyset.json"), filepath.Join(dir, "kek")},
 		Providers: map[broker.ProviderID]ProviderConfig{"keycloak": {
 			Profile: "generic", Issuer: "https://sso.example.org/realms/lab", ClientID: "jupyterhub",
-			ClientSecretFile: filepath.Join(dir, "secret"),
+			ClientSecretFile: filepath.Join(dir, "secret"), Roles: []string{"roles", "groups"},
 		}},
 		Policy: []RuleConfig{{Roles: []string{"researcher"}, Provider: "keycloak", Audiences: []string{"storage"}, MaxTTL: 5 * time.Minute}},
 		Admin:  AdminConfig{"/run/tokenbroker/admin.sock"},
