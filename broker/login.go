@@ -169,6 +169,9 @@ func (b *Broker) checkLogin(ctx context.Context, hub HubID, provider ProviderID,
 		return nil, Errorf(Invalid, "redirect_uri is not the one in the token broker's configuration").
 			Hint("make oauth_callback_url of the hub and redirect_uri of the provider equal")
 	}
+	if err := b.pulse.sync(ctx); err != nil {
+		return nil, err
+	}
 	return p, b.roomForPending(ctx, hub)
 }
 
@@ -367,6 +370,9 @@ func (g *Grant) loggedIn(l *pendingLogin, now time.Time, host HostID) {
 func (b *Broker) lookUp(ctx context.Context, hub HubID, provider ProviderID, handle Secret) (ticket, error) {
 	t := ticket{hub: hub, provider: provider, handle: handle}
 	p, err := b.provider(provider)
+	if err == nil {
+		err = b.pulse.sync(ctx)
+	}
 	switch {
 	case err != nil:
 		return t, err
@@ -435,8 +441,11 @@ func (b *Broker) notAdopted(ctx context.Context, t *ticket, err error) error {
 		return Errorf(ProviderDown, "%s can't be asked at the moment", t.provider).Because(err)
 	}
 	cerr := b.changeTicket(ctx, t, func(h *handleRecord) {
-		if pe.Class == Dead {
-			h.Dead = cmp.Or(pe.Reason, "not accepted")
+		switch {
+		case pe.Class == Dead && h.Mark.Lost:
+			h.Dead = "lost_response"
+		case pe.Class == Dead:
+			h.Dead = cmp.Or(pe.Reason, "refused")
 		}
 		if pe.Class != Lost {
 			h.Mark = Mark{}

@@ -129,7 +129,7 @@ func New(cfg Config) (*Server, error) {
 		CryptoKey: secret, CryptoKeyId: "devidp", CodeMethodS256: true, AuthMethodPost: true, GrantTypeRefreshToken: true,
 		DefaultLogoutRedirectURI: "/logged-out",
 		SupportedScopes:          append([]string{oidc.ScopeOpenID, oidc.ScopeProfile, oidc.ScopeEmail, oidc.ScopeOfflineAccess}, cfg.rights()...),
-	}, s.store, issuer, op.WithAllowInsecure())
+	}, s.store, issuer, op.WithAllowInsecure(), op.WithCORSOptions(nil))
 	if err != nil {
 		return nil, fmt.Errorf("make the provider: %w", err)
 	}

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"strings"
 	"testing"
+	"time"
 
 	"tokenbroker/broker/devidp"
 )
@@ -237,5 +238,54 @@ func TestTheLoginPageNamesTheUsersAndWhatTheyMay(t *testing.T) {
 	}
 	if _, _, err := devidp.CodeFor(context.Background(), issuer, "jupyterhub", "http://evil.example/", "alice", "openid"); err == nil {
 		t.Error("a redirect to elsewhere was accepted")
+	}
+}
+
+func TestADelayedRequestHasNotHappened(t *testing.T) {
+	s, issuer := start(t, devidp.Config{})
+	a := login(t, s, issuer, "alice")
+	s.Delay(time.Hour)
+	arrived, release := s.Hold()
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() {
+		<-arrived
+		release() // into the delay
+		cancel()
+	}()
+	form := url.Values{"grant_type": {"refresh_token"}, "refresh_token": {a["refresh_token"].(string)}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, issuer+"/oauth/token", strings.NewReader(form.Encode()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	if _, err := http.DefaultClient.Do(req); err == nil {
+		t.Fatal("an answer came at once")
+	}
+	s.Delay(0)
+	if status, got := refresh(t, s, issuer, a["refresh_token"]); status != http.StatusOK {
+		t.Errorf("afterwards: got %d %v", status, got)
+	}
+}
+
+func TestACallbackBeforeTheClickIsRefused(t *testing.T) {
+	_, issuer := start(t, devidp.Config{})
+	c := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	resp, err := c.Get(issuer + "/authorize?response_type=code&client_id=jupyterhub&scope=openid&code_challenge=" + strings.Repeat("x", 43) +
+		"&code_challenge_method=S256&redirect_uri=" + url.QueryEscape(home))
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	page, err := resp.Location()
+	if err != nil || page.Path != "/login" {
+		t.Fatalf("got %v, %v, want the login page", page, err)
+	}
+	resp, err = c.Get(issuer + "/authorize/callback?" + page.RawQuery)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if back, err := resp.Location(); err != nil || back.Query().Get("error") != "interaction_required" || back.Query().Has("code") {
+		t.Errorf("got %v, %v, want interaction_required", back, err)
 	}
 }

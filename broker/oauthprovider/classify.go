@@ -34,12 +34,12 @@ func (r rule) matches(o op, code, text string) bool {
 var common = []rule{
 	{opRefresh, "invalid_grant", "", broker.Dead, "refused"},
 	{opCode, "invalid_grant", "", broker.Dead, "code_refused"},
-	// RFC 8693, section 2.2.2: a subject token that is bad for any reason is an
-	// invalid_request; some say invalid_grant. It is the access token that is
-	// meant, never the grant behind it.
-	{opExchange, "invalid_request", "", broker.TryLater, "access_token_refused"},
-	{opExchange, "invalid_grant", "", broker.TryLater, "access_token_refused"},
-	{opExchange, "invalid_token", "", broker.TryLater, "access_token_refused"},
+	// Of an exchange it is the access token that is dead, never the grant. RFC
+	// 8693 (section 2.2.2) has invalid_request for it, but for all else that is
+	// wrong with a request, too. That must not count as dead: the caller would
+	// spend a refresh to get another access token, for nothing, each time.
+	{opExchange, "invalid_grant", "", broker.Dead, "access_token_refused"},
+	{opExchange, "invalid_token", "", broker.Dead, "access_token_refused"},
 
 	{0, "invalid_scope", "", broker.Refused, "scope"},
 	{0, "invalid_target", "", broker.Refused, "audience"},

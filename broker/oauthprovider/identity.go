@@ -143,33 +143,40 @@ func (p *Provider) verify(ctx context.Context, m *metadata, a *answer) (claims, 
 	case err != nil:
 		return nil, p.untrusted(a, err)
 	case tok.AccessTokenHash != "" && tok.VerifyAccessToken(a.access) != nil:
-		return nil, p.untrusted(a, errors.New("it belongs to another access token"))
+		return nil, p.untrusted(a, errOtherAccess)
 	}
 	c := parseJWT(a.idToken)
 	if azp := c.text("azp"); len(tok.Audience) > 1 && azp != "" && azp != p.cfg.ClientID {
-		return nil, p.untrusted(a, errors.New("it was issued to another client"))
+		return nil, p.untrusted(a, errOtherClient)
 	}
 	return c, nil
 }
 
 // untrusted is the error of an ID token that doesn't hold. go-oidc's words may
-// quote the token's claims, so they stay here; what an operator can put right
-// is found again from the token.
+// quote the token, so they stay here; what an operator can put right is found
+// again from the token.
 func (p *Provider) untrusted(a *answer, err error) error {
 	c := parseJWT(a.idToken)
-	reason := "id_token_invalid"
+	why := "its signature does not hold"
 	var expired *oidc.TokenExpiredError
 	switch {
 	case errors.As(err, &expired):
-		reason = "id_token_expired"
+		why = "it has expired; compare this host's clock"
+	case errors.Is(err, errOtherAccess), errors.Is(err, errOtherClient):
+		why = err.Error()
 	case c.text("iss") != p.cfg.Issuer:
-		reason = "id_token_issuer"
+		why = "it is not of the configured issuer, to the letter"
 	case !slices.Contains(c.list("aud"), p.cfg.ClientID):
-		reason = "id_token_audience"
+		why = "it is not for the configured client"
 	}
 	return broker.Errorf(broker.Denied, "the identity that %s sent could not be verified", p.cfg.Name).
-		Because(&broker.ProviderError{Class: broker.Misconfigured, Reason: reason, Status: http.StatusOK})
+		Because(errors.New("ID token: " + why))
 }
+
+var (
+	errOtherAccess = errors.New("it belongs to another access token")
+	errOtherClient = errors.New("it was issued to another client")
+)
 
 // keyFault is the context key under which a keySet leaves why it had no keys.
 type keyFault struct{}

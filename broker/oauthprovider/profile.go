@@ -57,6 +57,7 @@ var profiles = map[string]profile{
 			{opExchange, "invalid_request", "DPoP*", broker.Misconfigured, "dpop_required"},
 			{opRevoke, "invalid_request", "Unmatching clients", broker.Misconfigured, "wrong_client"},
 
+			{opExchange, "invalid_request", "Invalid token", broker.Dead, "access_token_refused"},
 			// An audience is named like a client, and missing in the same words.
 			{opExchange, "invalid_client", "Audience not found", broker.Refused, "audience"},
 			{opExchange, "invalid_request", "Requested audience not available*", broker.Refused, "audience"},

@@ -22,6 +22,7 @@ import (
 	"errors"
 	"log/slog"
 	"maps"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -72,7 +73,8 @@ type Config struct {
 	Log     *slog.Logger  // nil: none
 }
 
-// Endpoints are URLs. Empty ones come from discovery.
+// Endpoints are URLs. Empty ones come from discovery. Introspection is not asked
+// by anything yet.
 type Endpoints struct {
 	Token, Userinfo, JWKS, Revocation, Introspection string
 }
@@ -114,7 +116,7 @@ func New(cfg Config) (*Provider, error) {
 	if err := cfg.check(); err != nil {
 		return nil, err
 	}
-	if u, _ := url.Parse(cmp.Or(cfg.DiscoveryURL, cfg.Endpoints.Token, cfg.Issuer)); u.Scheme != "https" {
+	if u, _ := url.Parse(cmp.Or(cfg.DiscoveryURL, cfg.Endpoints.Token, cfg.Issuer)); u.Scheme != "https" && !here(u.Hostname()) {
 		p.log.Warn("the provider is asked without TLS: whoever is on the way reads every token", "host", u.Host)
 	}
 	p.profile = profiles[cmp.Or(cfg.Profile, "generic")]
@@ -192,8 +194,8 @@ func (p *Provider) Login(ctx context.Context, c broker.CodeGrant) (broker.Identi
 }
 
 // Refresh spends refresh. An empty sub expects nobody in particular, for a
-// refresh token that is adopted; then an answer that names nobody is an error,
-// and Issued still holds it.
+// refresh token that is adopted; then an answer that doesn't say whose it is is
+// an error, of class Dead or Lost, and Issued still holds it.
 func (p *Provider) Refresh(ctx context.Context, refresh broker.Secret, sub string, scopes []string) (broker.Identity, broker.Issued, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
@@ -215,10 +217,24 @@ func (p *Provider) Refresh(ctx context.Context, refresh broker.Secret, sub strin
 	}
 	if sub == "" {
 		who, err := p.newcomer(ctx, m, a)
-		return who, issued, err
+		return who, issued, adopted(err)
 	}
 	who, err := p.returning(ctx, m, a, sub)
 	return who, issued, err
+}
+
+// adopted is the error of an answer that does not say whose it is. The token is
+// spent all the same, so it is not the error of a login, which starts anew:
+// the token is lost if it might have been told, and else as good as dead.
+func adopted(err error) error {
+	var pe *broker.ProviderError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &pe) && pe.Class == broker.TryLater:
+		return &broker.ProviderError{Class: broker.Lost, Reason: pe.Reason, Status: http.StatusOK, Err: pe.Err}
+	}
+	return &broker.ProviderError{Class: broker.Dead, Reason: "no_subject", Status: http.StatusOK, Err: err}
 }
 
 // narrowed is the scope parameter of a refresh. Without openid an OpenID
@@ -231,8 +247,9 @@ func (p *Provider) narrowed(scopes []string) string {
 	return strings.Join(set(scopes, []string{"openid"}), " ")
 }
 
-// Exchange trades an access token for a smaller one. A refresh token in the
-// answer is dropped: nobody asked for it, and nobody would keep it.
+// Exchange trades an access token for a smaller one. If the error is of class
+// Dead it is the access token that is no good; the grant may well be. A refresh
+// token in the answer is dropped: nobody asked for it, and nobody would keep it.
 func (p *Provider) Exchange(ctx context.Context, access broker.Secret, t broker.Target) (broker.Issued, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
@@ -358,6 +375,12 @@ func (c Config) checkAuth() error {
 func isURL(s string) bool {
 	u, err := url.Parse(s)
 	return err == nil && (u.Scheme == "http" || u.Scheme == "https") && u.Host != "" && u.User == nil && u.Fragment == ""
+}
+
+// here reports whether a host is this machine.
+func here(host string) bool {
+	ip := net.ParseIP(host)
+	return host == "localhost" || ip != nil && ip.IsLoopback()
 }
 
 // set is the sorted union of lists.

@@ -256,7 +256,9 @@ func TestAnExchangeNarrows(t *testing.T) {
 		t.Fatal(err)
 	}
 	_, err = l.Exchange(t.Context(), whole.AccessToken, broker.Target{Audience: "storage"})
-	wantClass(t, err, broker.TryLater, "access_token_refused")
+	wantClass(t, err, broker.Dead, "access_token_refused")
+	_, err = l.Exchange(t.Context(), broker.NewSecret("no such token"), broker.Target{Audience: "storage"})
+	wantClass(t, err, broker.Dead, "access_token_refused")
 }
 
 func TestARevokedRefreshTokenIsDeadAndMayBeRevokedAgain(t *testing.T) {
