@@ -350,3 +350,18 @@ func TestRevisionThatTookTooLongToReadProvesNothing(t *testing.T) {
 		}
 	})
 }
+
+func TestStoreThatHangsIsNoInternalError(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		time.Sleep(time.Second)
+		r.store.Before(func(method string, _ broker.Key) error {
+			if method == "Pulse" {
+				time.Sleep(10 * time.Second)
+			}
+			return nil
+		})
+		_, err := r.RefreshHub(context.Background(), "main", "keycloak", handle)
+		refused(t, err, broker.ErrUnavailable)
+	})
+}
