@@ -351,6 +351,23 @@ func TestRevisionThatTookTooLongToReadProvesNothing(t *testing.T) {
 	})
 }
 
+func TestRuleWithoutAudienceAndScopesGetsAnExchangedToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		tok := r.token(p, broker.Want{})
+		if r.provider.Calls("exchange") != 1 || len(tok.Scopes) != 0 {
+			t.Errorf("the container got a token with scopes %v after %d exchanges", tok.Scopes, r.provider.Calls("exchange"))
+		}
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", "")
+		if err != nil || s.Token == nil || s.Token.Access.Equal(tok.Access) {
+			t.Errorf("the hub got the container's token: %+v, %v", s, err)
+		}
+	}, func(c *broker.Config) {
+		c.Rules = []broker.Rule{{Provider: "keycloak", Roles: []string{"researcher"}, Unverified: true}}
+	})
+}
+
 func TestStoreThatHangsIsNoInternalError(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		handle := r.loggedIn("alice")
