@@ -486,3 +486,52 @@ func TestNewNamesWhatIsMissing(t *testing.T) {
 		}
 	}
 }
+
+func TestUnregisterHalfDoneIsFinishedByTheNext(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		ctx := context.Background()
+		r.running("alice", 100)
+		r.store.Before(func(method string, _ broker.Key) error {
+			if method == "Delete" {
+				return errors.New("away")
+			}
+			return nil
+		})
+		_, err := r.Unregister(ctx, "main", "alice", "", 0)
+		refused(t, err, broker.ErrUnavailable)
+		r.store.Before(nil)
+		if ref, err := r.Unregister(ctx, "main", "alice", "", 0); err != nil || ref == "" {
+			t.Errorf("Unregister again: %q, %v", ref, err)
+		}
+		r.Close()
+		r.start()
+		if got := r.Registrations(); len(got) != 0 {
+			t.Errorf("after a restart there are still %+v", got)
+		}
+	})
+}
+
+func TestRegisterHalfDoneCanBeUnregistered(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		ctx := context.Background()
+		r.running("alice", 100)
+		before := r.Registrations()[0].Generation
+		r.store.Before(func(method string, k broker.Key) error {
+			if method == "Add" && k.Kind == "registrations" {
+				return errors.New("away")
+			}
+			return nil
+		})
+		_, err := r.Register(ctx, "main", broker.RegisterRequest{User: "alice", ContainerName: "jupyter-alice"})
+		refused(t, err, broker.ErrUnavailable)
+		r.store.Before(nil)
+		if ref, err := r.Unregister(ctx, "main", "alice", "", before); err != nil || ref == "" {
+			t.Errorf("Unregister: %q, %v", ref, err)
+		}
+		r.Close()
+		r.start()
+		if got := r.Registrations(); len(got) != 0 {
+			t.Errorf("after a restart there are still %+v", got)
+		}
+	})
+}
