@@ -64,6 +64,7 @@ type Broker struct {
 	binds       flights[ServerKey, *server]
 	turns       turns[GrantKey]  // one refresh per grant at a time
 	serverTurns turns[ServerKey] // one Register or Unregister per server
+	uidTurns    turns[uint32]    // one Register per uid
 	bindTurns   turns[ServerKey] // one bind per server
 	slots       chan struct{}    // bounds the binds that Docker's hints start
 

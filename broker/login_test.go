@@ -535,3 +535,22 @@ func TestRegisterHalfDoneCanBeUnregistered(t *testing.T) {
 		}
 	})
 }
+
+func TestOneServerPerUIDAlsoAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		uid := uint32(1000)
+		r.store.Before(func(method string, k broker.Key) error {
+			time.Sleep(time.Second)
+			return nil
+		})
+		var all sync.WaitGroup
+		for _, user := range []broker.UserID{"alice", "bob"} {
+			all.Go(func() { r.Register(context.Background(), "main", broker.RegisterRequest{User: user, UID: &uid}) })
+		}
+		all.Wait()
+		r.store.Before(nil)
+		if got := r.Registrations(); len(got) != 1 {
+			t.Errorf("%d servers run as uid 1000, want 1: %+v", len(got), got)
+		}
+	})
+}

@@ -166,6 +166,13 @@ func (b *Broker) register(ctx context.Context, hub HubID, r RegisterRequest) (Re
 		return Registered{}, err
 	}
 	defer leave()
+	if r.UID != nil {
+		leave, err := b.uidTurns.take(ctx, *r.UID)
+		if err != nil {
+			return Registered{}, err
+		}
+		defer leave()
+	}
 	if err := b.sameUID(k, r.UID); err != nil {
 		return Registered{}, err
 	}
