@@ -159,6 +159,16 @@ func (b *Broker) Close() {
 	b.pulse.reads.wait()
 }
 
+// closes reports whether Close was called: nothing new is begun then.
+func (b *Broker) closes() bool {
+	select {
+	case <-b.closing:
+		return true
+	default:
+		return false
+	}
+}
+
 // PartStatus is the state of one part of a broker.
 type PartStatus struct {
 	Name   string

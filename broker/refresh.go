@@ -79,6 +79,9 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 		if t, ok := b.recall(ctx, e.key, e.good); ok {
 			return t, nil
 		}
+		if b.closes() {
+			return cachedToken{}, Errorf(Unavailable, "the token broker is being restarted")
+		}
 		t, err := b.attempt(ctx, e)
 		switch {
 		case err == nil, !errors.Is(err, errBusy) && !errors.Is(err, errMoved):

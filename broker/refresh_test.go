@@ -329,3 +329,22 @@ func TestDisconnectEndsTokensOnEveryBroker(t *testing.T) {
 		}
 	})
 }
+
+func TestCloseDoesNotWaitForAnotherBrokersLease(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		other := r.second()
+		p := other.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() { time.Sleep(20 * time.Second) }})
+		go r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", "")
+		synctest.Wait()
+		go other.Token(context.Background(), p, broker.Want{})
+		synctest.Wait()
+		began := time.Now()
+		other.Close()
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("Close took %s; it had no refresh of its own under way", took)
+		}
+	})
+}
