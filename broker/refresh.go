@@ -169,8 +169,11 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 	now := b.pulse.now()
 	t := newCachedToken(iss, began.Epoch, now)
 	moved := false
-	err := b.insist(ctx, began.Key, func(g *Grant, exists bool) error {
-		moved = false
+	store := func(g *Grant, exists bool) error {
+		if g.Version == began.Version+1 && g.RefreshedBy == b.cfg.Host && g.RefreshedAt.Equal(now) {
+			return errKeep // by the try before, whose answer was lost; moved still says what it did
+		}
+		moved, t.Epoch = false, began.Epoch
 		if err := fence(g, exists, began); err != nil {
 			return err
 		}
@@ -183,6 +186,10 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 			t.Epoch = g.Epoch
 		}
 		return nil
+	}
+	err := b.insist(ctx, began.Key.record(), func() error {
+		_, err := b.changeGrant(ctx, began.Key, store)
+		return err
 	})
 	switch {
 	case errors.Is(err, errMoved):
@@ -234,15 +241,15 @@ func canonical(p ProviderID, roles []string) []string {
 	return sorted(full)
 }
 
-// insist is changeGrant that goes on while the store is away.
-func (b *Broker) insist(ctx context.Context, k GrantKey, change func(*Grant, bool) error) error {
+// insist writes k, and goes on while the store is away.
+func (b *Broker) insist(ctx context.Context, k Key, write func() error) error {
 	wait := 20 * time.Millisecond
 	for deadline := time.Now().Add(commitFor); ; {
-		_, err := b.changeGrant(ctx, k, change)
+		err := write()
 		if !errors.Is(err, ErrUnavailable) || time.Now().After(deadline) {
 			return err
 		}
-		b.cfg.Log.Error("a refreshed grant can't be stored; trying again", "grant", k, "err", err)
+		b.cfg.Log.Error("a new refresh token can't be stored; trying again", "record", k, "err", err)
 		if pause(ctx, wait) != nil {
 			return err
 		}

@@ -393,3 +393,25 @@ func TestDisconnectEndsWhatItCan(t *testing.T) {
 		}, both)
 	})
 }
+
+func TestRolesOfACommitWhoseAnswerIsLostCountAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.SetRoles("alice", "student")
+		r.provider.Next(brokertest.Answer{Before: func() { // begin is over: the next Put is the commit's
+			var once sync.Once
+			r.store.After(func(method string, k broker.Key) (err error) {
+				if method == "Put" && k.Kind == "grant" {
+					once.Do(func() { err = errors.New("the answer is lost") })
+				}
+				return err
+			})
+		}})
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("%d refreshes, want the one whose answer was stored", n)
+		}
+	})
+}
