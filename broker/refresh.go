@@ -22,11 +22,13 @@ import (
 // storing over a disconnected grant, and Epoch says that decisions have to be
 // taken again. Nobody's hanging up stops a refresh that has begun.
 const (
-	// leaseFor outlasts what the provider may take (30 s by its contract), so
-	// that no second attempt starts while the first may still succeed.
+	// leaseFor outlasts what the provider may take, so that no second attempt
+	// starts while the first may still succeed.
 	leaseFor = 45 * time.Second
+	// answerWithin is how long a provider may take, whatever its adapter allows.
+	answerWithin = 30 * time.Second
 	// sendWithin is how old a lease may be when the token is sent; what is left
-	// of it then covers the provider's limit. A broker that was frozen between
+	// of it then covers answerWithin. A broker that was frozen between
 	// begin and send finds itself too late here.
 	sendWithin = 10 * time.Second
 	// leasePoll is how often a grant is looked at that another broker refreshes.
@@ -110,7 +112,7 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 		b.release(ctx, g, false)
 		return cachedToken{}, Errorf(Unavailable, "the token broker's store is too slow")
 	}
-	id, iss, err := p.Refresh(ctx, g.Refresh, g.Key.Sub, e.scopes)
+	id, iss, err := send(ctx, p, g.Refresh, g.Key.Sub, e.scopes)
 	if err != nil {
 		return cachedToken{}, b.unsuccessful(ctx, g, iss, err)
 	}
@@ -125,6 +127,13 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 	}
 	b.keep(ctx, e.key, t)
 	return t, nil
+}
+
+// send spends a refresh token at p, within the time that the lease allows for it.
+func send(ctx context.Context, p Provider, refresh Secret, sub string, scopes []string) (Identity, Issued, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	return p.Refresh(ctx, refresh, sub, scopes)
 }
 
 // begin takes the lease on k. It is also the pre-flight write.
