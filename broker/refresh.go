@@ -152,6 +152,8 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 			return disabled(k.Provider)
 		case g.Lease.Until.After(now):
 			return errBusy
+		case g.RefreshedBy != b.cfg.Host && now.Sub(g.RefreshedAt) < leasePoll:
+			return errBusy // the other broker has stored the grant, and its token next
 		}
 		lost := g.Mark.Attempt != "" // whoever left it never learned the answer
 		g.Lease = Lease{Holder: attempt, Until: now.Add(leaseFor)}
