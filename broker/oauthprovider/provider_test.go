@@ -233,7 +233,7 @@ func TestAnExchangeNarrows(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !slices.Equal(got.Audience, []string{"storage"}) || !slices.Equal(got.Scopes, []string{"read", "storage"}) || !got.RefreshToken.IsZero() {
+	if !slices.Equal(got.Audience, []string{"storage"}) || !slices.Equal(got.Scopes, []string{"openid", "read", "storage"}) || !got.RefreshToken.IsZero() {
 		t.Errorf("got scopes %q for %q, refresh token %t", got.Scopes, got.Audience, !got.RefreshToken.IsZero())
 	}
 	for _, tt := range []struct {
