@@ -125,7 +125,7 @@ func (b *Broker) check() error {
 // Start restores this host's registrations, opens their sockets and begins to
 // watch their containers. Close ends what it began.
 func (b *Broker) Start(ctx context.Context) error {
-	if _, err := b.pulse.revision(ctx); err != nil { // sets the clock, too
+	if err := b.pulse.sync(ctx); err != nil {
 		return err
 	}
 	b.started = b.pulse.now()

@@ -137,10 +137,12 @@ func (b *Broker) login(ctx context.Context, hub HubID, provider ProviderID, c Co
 	e.Sub = id.Sub
 	t := ticket{hub: hub, provider: provider, handle: NewSecret(handlePrefix + rand.Text())}
 	t.Sub, t.Pending = id.Sub, b.newPending(provider, id, iss)
+	token := t.Pending.Token.open()
+	t.Given, t.GivenAt = token.Print, b.pulse.now()
 	if err := b.saveTicket(ctx, &t); err != nil {
 		return HubToken{}, err
 	}
-	return b.hubToken(&t, t.Pending.Token.open()), nil
+	return b.hubToken(&t, token), nil
 }
 
 func loginError(p ProviderID, err error) error {
@@ -168,6 +170,9 @@ func (b *Broker) checkLogin(ctx context.Context, hub HubID, provider ProviderID,
 	case pinned != "" && c.RedirectURI != pinned:
 		return nil, Errorf(Invalid, "redirect_uri is not the one in the token broker's configuration").
 			Hint("make oauth_callback_url of the hub and redirect_uri of the provider equal")
+	}
+	if err := b.pulse.sync(ctx); err != nil {
+		return nil, err
 	}
 	return p, b.roomForPending(ctx, hub)
 }
@@ -367,6 +372,9 @@ func (g *Grant) loggedIn(l *pendingLogin, now time.Time, host HostID) {
 func (b *Broker) lookUp(ctx context.Context, hub HubID, provider ProviderID, handle Secret) (ticket, error) {
 	t := ticket{hub: hub, provider: provider, handle: handle}
 	p, err := b.provider(provider)
+	if err == nil {
+		err = b.pulse.sync(ctx)
+	}
 	switch {
 	case err != nil:
 		return t, err
@@ -435,8 +443,11 @@ func (b *Broker) notAdopted(ctx context.Context, t *ticket, err error) error {
 		return Errorf(ProviderDown, "%s can't be asked at the moment", t.provider).Because(err)
 	}
 	cerr := b.changeTicket(ctx, t, func(h *handleRecord) {
-		if pe.Class == Dead {
-			h.Dead = cmp.Or(pe.Reason, "not accepted")
+		switch {
+		case pe.Class == Dead && h.Mark.Lost:
+			h.Dead = "lost_response"
+		case pe.Class == Dead:
+			h.Dead = cmp.Or(pe.Reason, "refused")
 		}
 		if pe.Class != Lost {
 			h.Mark = Mark{}

@@ -30,6 +30,9 @@ func (b *Broker) Disconnect(ctx context.Context, by string, hub HubID, user User
 
 func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provider ProviderID, e *Entry) ([]Disconnection, error) {
 	hub, err := b.onlyHub(hub)
+	if err == nil {
+		err = b.pulse.sync(ctx)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -211,7 +211,11 @@ func (b *Broker) narrow(ctx context.Context, p Provider, g Grant, d Decision) (c
 	if err != nil {
 		return whole, err
 	}
-	return b.exchangeFrom(ctx, p, g, d, whole)
+	t, err = b.exchangeFrom(ctx, p, g, d, whole)
+	if errors.As(err, &pe) && pe.Class == Dead {
+		err = Errorf(ProviderDown, "%s does not take the token back that it has just given", d.Provider).Because(pe)
+	}
+	return t, err
 }
 
 func (b *Broker) exchangeFrom(ctx context.Context, p Provider, g Grant, d Decision, whole cachedToken) (cachedToken, error) {

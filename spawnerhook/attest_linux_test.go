@@ -3,7 +3,6 @@ package spawnerhook_test
 import (
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -73,26 +72,17 @@ func TestAZombieIsNotAttested(t *testing.T) {
 	l := newLab(t)
 	l.running(t, nil)
 	w := l.bound(t)
-	cmd := exec.Command("sleep", "1000")
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { cmd.Wait() })
-	pid := cmd.Process.Pid
-	l.write(t, pid, "cgroup", "2:pids:/docker/"+w.Container+"\n1:cpu:/docker/"+w.Container+"\n0::/docker/"+w.Container+"\n")
-	l.namespaces(t, pid, w.PIDNamespace, w.MountNamespace)
-	zombie := peer(t, pid)
-	wantAttested(t, l.docker.Attest(zombie, w), "")
-
-	cmd.Process.Kill()
-	// WNOWAIT: come back when it has ended, and leave it a zombie.
-	if err := unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
-		t.Fatal(err)
-	}
+	pid, end := zombie(t)
+	l.container(t, pid, w.Container)
+	caller := peer(t, pid)
+	wantAttested(t, l.docker.Attest(caller, w), "")
+	wantAttested(t, l.docker.Alive(caller), "")
+	end()
 	if err := unix.Kill(pid, 0); err != nil {
 		t.Fatalf("signal 0 to a zombie: %v", err)
 	}
-	wantAttested(t, l.docker.Attest(zombie, w), "has ended")
+	wantAttested(t, l.docker.Attest(caller, w), "has ended")
+	wantAttested(t, l.docker.Alive(caller), "has ended")
 }
 
 func TestWithoutPidfdTheStartTimeTellsProcessesApart(t *testing.T) {

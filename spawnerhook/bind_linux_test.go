@@ -289,3 +289,18 @@ func TestCloseLeavesNothingBehindAndSaysNothingEnded(t *testing.T) {
 	default:
 	}
 }
+
+// A zombie can be opened, has its files in /proc, and Docker learns of its end
+// last.
+func TestAZombieIsNotBound(t *testing.T) {
+	l := newLab(t)
+	id := l.engine.Create(t, alice.ContainerName, nil)
+	pid, end := zombie(t)
+	l.container(t, pid, id)
+	l.engine.Start(alice.ContainerName, pid)
+	l.bound(t)
+	end()
+	if w, err := l.docker.Bind(t.Context(), alice); !errors.Is(err, broker.ErrPending) {
+		t.Errorf("Bind: got %v, %v, want pending", w, err)
+	}
+}

@@ -10,6 +10,7 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/client"
 )
 
@@ -158,9 +159,9 @@ func fullID(s string) bool {
 	return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == ""
 }
 
-// watched are the events after which a container may be another than before.
-// None of exec_*: they carry command lines.
-var watched = []string{"start", "die", "stop", "destroy", "rename", "pause", "unpause"}
+// watched are the events after which a look at a container may find something
+// else than before. None of exec_*: they carry command lines.
+var watched = []string{"start", "die", "destroy", "rename", "unpause"}
 
 // events calls changed with the name of each container that something happens
 // to, until the stream ends. It calls subscribed as soon as nothing can be missed.
@@ -182,11 +183,11 @@ func (e *engine) events(ctx context.Context, subscribed func(), changed func(nam
 	for {
 		select {
 		case m := <-stream.Messages:
-			if name := m.Actor.Attributes["name"]; name != "" {
-				changed(strings.TrimPrefix(name, "/"))
-			}
-			if old := m.Actor.Attributes["oldName"]; old != "" {
-				changed(strings.TrimPrefix(old, "/"))
+			changed(strings.TrimPrefix(m.Actor.Attributes["name"], "/"))
+			// Among the attributes are the image's labels, so look at this one
+			// only where Docker sets it.
+			if m.Action == events.ActionRename {
+				changed(strings.TrimPrefix(m.Actor.Attributes["oldName"], "/"))
 			}
 		case err := <-stream.Err:
 			return err

@@ -64,10 +64,17 @@ type process struct {
 func (l *lab) process(t *testing.T, id string) process {
 	t.Helper()
 	p := sleeper(t)
-	l.write(t, p.pid, "cgroup", fmt.Sprintf("2:pids:/docker/%s\n1:cpu:/docker/%s\n0::/docker/%s\n", id, id, id))
-	l.write(t, p.pid, "mountinfo", l.mountinfo(t, "ro"))
-	l.namespaces(t, p.pid, 4026540001, 4026540002)
+	l.container(t, p.pid, id)
 	return p
+}
+
+// container has /proc say that a process is in a container of that ID, which
+// mounts alice's directory.
+func (l *lab) container(t *testing.T, pid int, id string) {
+	t.Helper()
+	l.write(t, pid, "cgroup", fmt.Sprintf("2:pids:/docker/%s\n1:cpu:/docker/%s\n0::/docker/%s\n", id, id, id))
+	l.write(t, pid, "mountinfo", l.mountinfo(t, "ro"))
+	l.namespaces(t, pid, 4026540001, 4026540002)
 }
 
 // sleeper starts a process that does nothing.
@@ -83,6 +90,26 @@ func sleeper(t *testing.T) process {
 	})
 	t.Cleanup(kill)
 	return process{cmd.Process.Pid, kill}
+}
+
+// zombie starts a process that end makes a zombie.
+func zombie(t *testing.T) (pid int, end func()) {
+	t.Helper()
+	cmd := exec.Command("sleep", "1000")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+	})
+	return cmd.Process.Pid, func() {
+		cmd.Process.Kill()
+		// WNOWAIT: come back when it has ended, and leave it a zombie.
+		if err := unix.Waitid(unix.P_PID, cmd.Process.Pid, nil, unix.WEXITED|unix.WNOWAIT, nil); err != nil {
+			t.Fatal(err)
+		}
+	}
 }
 
 // mountinfo is that of a container that mounts alice's directory.

@@ -1,10 +1,13 @@
 package spawnerhook_test
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"tokenbroker/spawnerhook"
 )
@@ -117,6 +120,29 @@ func TestADirectoryIsLocatedThroughSymlinks(t *testing.T) {
 	}
 	if got, err := spawnerhook.Locate(filepath.Join(dir, "none")); err == nil {
 		t.Errorf("Locate of nothing: got %v, want an error", got)
+	}
+}
+
+func TestADirectoryIsTheSameThroughABindMount(t *testing.T) {
+	dir := t.TempDir()
+	real, bound := filepath.Join(dir, "a"), filepath.Join(dir, "b")
+	if err := errors.Join(os.MkdirAll(filepath.Join(real, "x y"), 0o755), os.Mkdir(bound, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount(real, bound, "", unix.MS_BIND, ""); err != nil {
+		if os.Getenv("CI") != "" {
+			t.Fatalf("mount: %v", err)
+		}
+		t.Skipf("only root may mount: %v", err)
+	}
+	defer unix.Unmount(bound, unix.MNT_DETACH)
+	want, err := spawnerhook.Locate(filepath.Join(real, "x y"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := spawnerhook.Locate(filepath.Join(bound, "x y"))
+	if err != nil || got != want {
+		t.Errorf("Locate: got %v, %v, want %v", got, err, want)
 	}
 }
 

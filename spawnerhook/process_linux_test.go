@@ -17,7 +17,9 @@ func TestAProcessMustLive(t *testing.T) {
 	caller := peer(t, p.pid)
 	caller.UID = 1000
 	wantAttested(t, d.Attest(caller, w), "")
+	wantAttested(t, d.Alive(caller), "")
 	p.kill()
 	wantAttested(t, d.Attest(caller, w), "has ended")
+	wantAttested(t, d.Alive(caller), "has ended")
 	wantAttested(t, d.Attest(&broker.Peer{UID: 1000, PID: int32(p.pid)}, w), "neither pidfd nor start time")
 }

@@ -5,13 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
 	"pgregory.net/rapid"
 
 	"tokenbroker/broker"
@@ -242,7 +242,13 @@ func ended(t *testing.T, s broker.Store, k broker.Key) {
 // oddKeys would meet if a store joined the parts in any simple way.
 func oddKeys() []broker.Key {
 	keys := []broker.Key{
-		{}, {Kind: ""}, {Kind: "a"}, {Kind: "b"}, {Kind: "revision"}, {Kind: "a:b"}, {Kind: "a/b"},
+		{},
+		{Kind: ""},
+		{Kind: "a"},
+		{Kind: "b"},
+		{Kind: "revision"},
+		{Kind: "a:b"},
+		{Kind: "a/b"},
 		{Kind: "a", Parts: []string{""}},
 		{Kind: "a", Parts: []string{"", ""}},
 		{Kind: "", Parts: []string{"a"}},
@@ -256,8 +262,21 @@ func oddKeys() []broker.Key {
 		keys = append(keys, broker.Key{Kind: "a", Parts: []string{part}}, broker.Key{Kind: "a", Parts: []string{part, "b"}}, broker.Key{Kind: "a", Parts: []string{"b", part}})
 	}
 	for _, parts := range [][]string{
-		{"b", "c", "d"}, {"bc", "d"}, {"b", "cd"}, {"bcd"}, {"b:c", "d"}, {"b", "c:d"}, {"b/c", "d"}, {"b", "c/d"},
-		{"b\x00c", "d"}, {"b", "c\x00d"}, {"b", "", "c"}, {"b", "c", ""}, {"", "b", "c"}, {"1:b", "1:c"}, {"1:b1:c"},
+		{"b", "c", "d"},
+		{"bc", "d"},
+		{"b", "cd"},
+		{"bcd"},
+		{"b:c", "d"},
+		{"b", "c:d"},
+		{"b/c", "d"},
+		{"b", "c/d"},
+		{"b\x00c", "d"},
+		{"b", "c\x00d"},
+		{"b", "", "c"},
+		{"b", "c", ""},
+		{"", "b", "c"},
+		{"1:b", "1:c"},
+		{"1:b1:c"},
 	} {
 		keys = append(keys, broker.Key{Kind: "a", Parts: parts})
 	}
@@ -495,77 +514,79 @@ func testCancelled(t *testing.T, s broker.Store) {
 	}
 }
 
-// A model is a store so simple that it can be believed.
+// A model is a store so simple that it can be believed. It is compared with a
+// real one, which keeps its records under keys that begin with run.
 type model struct {
+	store   broker.Store
+	run     string
 	records map[string]broker.Record
 	sets    map[string]map[string]bool
 }
+
+// names are few, so that calls meet.
+var names = rapid.SampledFrom([]string{"", "a", "b", "a:b"})
 
 // testModel runs drawn sequences of calls against the store and the model.
 func testModel(t *testing.T, s broker.Store) {
 	run := 0
 	rapid.Check(t, func(rt *rapid.T) {
-		run++ // every sequence has keys of its own
-		m := model{records: make(map[string]broker.Record), sets: make(map[string]map[string]bool)}
-		name := rapid.SampledFrom([]string{"", "a", "b", "a:b"})
-		draw := func(kind string) (broker.Key, string) {
-			part := name.Draw(rt, "part")
-			return broker.Key{Kind: kind, Parts: []string{fmt.Sprint(run), part}}, part
-		}
+		run++
+		m := model{store: s, run: fmt.Sprint(run), records: make(map[string]broker.Record), sets: make(map[string]map[string]bool)}
 		rt.Repeat(map[string]func(*rapid.T){
-			"Put": func(rt *rapid.T) {
-				k, part := draw("record")
-				was := rapid.Int64Range(0, 3).Draw(rt, "was")
-				box := rapid.SliceOfN(rapid.Byte(), 0, 40).Draw(rt, "box")
-				err := s.Put(t.Context(), k, was, box, 0)
-				agree(rt, err, m.put(part, was, box))
-			},
-			"Delete": func(rt *rapid.T) {
-				k, part := draw("record")
-				was := rapid.Int64Range(0, 3).Draw(rt, "was")
-				agree(rt, s.Delete(t.Context(), k, was), m.delete(part, was))
-			},
-			"Get": func(rt *rapid.T) {
-				k, part := draw("record")
-				got, err := s.Get(t.Context(), k)
-				want, ok := m.records[part]
-				if ok != (err == nil) || got.Revision != want.Revision || !bytes.Equal(got.Box, want.Box) {
-					rt.Fatalf("Get: got %v, %v; want %v, %v", got, err, want, ok)
-				}
-			},
-			"Add": func(rt *rapid.T) {
-				k, part := draw("set")
-				member := name.Draw(rt, "member")
-				if m.sets[part] == nil {
-					m.sets[part] = make(map[string]bool)
-				}
-				m.sets[part][member] = true
-				agree(rt, s.Add(t.Context(), k, member), nil)
-			},
-			"Remove": func(rt *rapid.T) {
-				k, part := draw("set")
-				member := name.Draw(rt, "member")
-				delete(m.sets[part], member)
-				agree(rt, s.Remove(t.Context(), k, member), nil)
-			},
-			"Members": func(rt *rapid.T) {
-				k, part := draw("set")
-				list, err := s.Members(t.Context(), k)
-				agree(rt, err, nil)
-				got := make(map[string]bool)
-				for _, member := range list {
-					got[member] = true
-				}
-				want := m.sets[part]
-				if want == nil {
-					want = map[string]bool{}
-				}
-				if diff := cmp.Diff(want, got); diff != "" || len(list) != len(want) {
-					rt.Fatalf("Members: got %q (-want +got):\n%s", list, diff)
-				}
-			},
+			"Put": m.testPut, "Delete": m.testDelete, "Get": m.testGet,
+			"Add": m.testAdd, "Remove": m.testRemove, "Members": m.testMembers,
 		})
 	})
+}
+
+func (m *model) key(kind, part string) broker.Key {
+	return broker.Key{Kind: kind, Parts: []string{m.run, part}}
+}
+
+func (m *model) testPut(t *rapid.T) {
+	part, was := names.Draw(t, "part"), rapid.Int64Range(0, 3).Draw(t, "was")
+	box := rapid.SliceOfN(rapid.Byte(), 0, 40).Draw(t, "box")
+	agree(t, m.store.Put(t.Context(), m.key("record", part), was, box, 0), m.put(part, was, box))
+}
+
+func (m *model) testDelete(t *rapid.T) {
+	part, was := names.Draw(t, "part"), rapid.Int64Range(0, 3).Draw(t, "was")
+	agree(t, m.store.Delete(t.Context(), m.key("record", part), was), m.delete(part, was))
+}
+
+func (m *model) testGet(t *rapid.T) {
+	part := names.Draw(t, "part")
+	got, err := m.store.Get(t.Context(), m.key("record", part))
+	want, ok := m.records[part]
+	if ok != (err == nil) || got.Revision != want.Revision || !bytes.Equal(got.Box, want.Box) {
+		t.Fatalf("Get: got %v, %v; want %v, %v", got, err, want, ok)
+	}
+}
+
+func (m *model) testAdd(t *rapid.T) {
+	part, member := names.Draw(t, "part"), names.Draw(t, "member")
+	if m.sets[part] == nil {
+		m.sets[part] = make(map[string]bool)
+	}
+	m.sets[part][member] = true
+	agree(t, m.store.Add(t.Context(), m.key("set", part), member), nil)
+}
+
+func (m *model) testRemove(t *rapid.T) {
+	part, member := names.Draw(t, "part"), names.Draw(t, "member")
+	delete(m.sets[part], member)
+	agree(t, m.store.Remove(t.Context(), m.key("set", part), member), nil)
+}
+
+func (m *model) testMembers(t *rapid.T) {
+	part := names.Draw(t, "part")
+	got, err := m.store.Members(t.Context(), m.key("set", part))
+	agree(t, err, nil)
+	slices.Sort(got)
+	want := slices.Sorted(maps.Keys(m.sets[part]))
+	if !slices.Equal(got, want) {
+		t.Fatalf("Members: got %q, want %q", got, want)
+	}
 }
 
 func (m *model) put(part string, was int64, box []byte) error {

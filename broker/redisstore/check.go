@@ -46,9 +46,6 @@ func (s *Store) user() string {
 }
 
 func (s *Store) reachable(ctx context.Context) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
 	return s.sentence(s.client.Ping(ctx).Err())
 }
 

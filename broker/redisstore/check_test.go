@@ -108,12 +108,14 @@ func TestCheckRefusesARedisThatIsOpenToStrangers(t *testing.T) {
 		{
 			"we have a password but strangers need none",
 			[]string{"user default on nopass ~* &* +@all", "user broker on >" + password + " ~* +@all"},
-			redisstore.Config{User: "broker", Password: broker.NewSecret(password)}, "switch its user default off",
+			redisstore.Config{User: "broker", Password: broker.NewSecret(password)},
+			"switch its user default off",
 		},
 		{
 			"strangers may do nothing but ping",
 			[]string{"user default on nopass -@all +ping", "user broker on >" + password + " ~* +@all"},
-			redisstore.Config{User: "broker", Password: broker.NewSecret(password)}, "",
+			redisstore.Config{User: "broker", Password: broker.NewSecret(password)},
+			"",
 		},
 		{"no password of ours", []string{"requirepass " + password}, redisstore.Config{}, "set password_file"},
 		{"a wrong password", []string{"requirepass " + password}, redisstore.Config{Password: broker.NewSecret("wrong")}, "correct user and password_file"},

@@ -171,9 +171,6 @@ return {redis.call('GET', KEYS[1]) or '0', t[1], t[2]}`)
 
 // Get implements broker.Store.
 func (s *Store) Get(ctx context.Context, k broker.Key) (broker.Record, error) {
-	if err := ctx.Err(); err != nil {
-		return broker.Record{}, err
-	}
 	fields, err := s.client.HMGet(ctx, s.record(k), "r", "b").Result()
 	if err != nil {
 		return broker.Record{}, s.wrap("get", k, err)
@@ -215,25 +212,16 @@ func (s *Store) changed(what string, k broker.Key, answer string, err error) err
 
 // Add implements broker.Store.
 func (s *Store) Add(ctx context.Context, k broker.Key, member string) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
 	return s.wrap("add to", k, s.client.SAdd(ctx, s.set(k), member).Err())
 }
 
 // Remove implements broker.Store.
 func (s *Store) Remove(ctx context.Context, k broker.Key, member string) error {
-	if err := ctx.Err(); err != nil {
-		return err
-	}
 	return s.wrap("remove from", k, s.client.SRem(ctx, s.set(k), member).Err())
 }
 
 // Members implements broker.Store.
 func (s *Store) Members(ctx context.Context, k broker.Key) ([]string, error) {
-	if err := ctx.Err(); err != nil {
-		return nil, err
-	}
 	members, err := s.client.SMembers(ctx, s.set(k)).Result()
 	if err != nil {
 		return nil, s.wrap("list", k, err)
@@ -265,9 +253,6 @@ func (s *Store) Pulse(ctx context.Context) (broker.Pulse, error) {
 // run runs a script on one key. That it may be sent twice is no retry: the
 // first time Redis didn't know it yet.
 func (s *Store) run(ctx context.Context, script *redis.Script, key string, args ...any) *redis.Cmd {
-	if err := ctx.Err(); err != nil { // go-redis may not look before it writes
-		return redis.NewCmdResult(nil, err)
-	}
 	return script.Run(ctx, s.client, []string{key}, args...)
 }
 

@@ -315,7 +315,6 @@ func TestAWriteWhoseAnswerIsLostIsNotSentAgain(t *testing.T) {
 	}
 	lose.Store(true)
 	err := s.Put(ctx, k, 1, []byte("y"), 0)
-	lose.Store(false)
 	// Sent again it would find its own write, and say ErrStale.
 	if err == nil || errors.Is(err, broker.ErrStale) {
 		t.Errorf("got %v, want that the answer was lost", err)
@@ -325,7 +324,7 @@ func TestAWriteWhoseAnswerIsLostIsNotSentAgain(t *testing.T) {
 	}
 }
 
-// proxy passes on what is sent to addr. While lose is set it hangs up instead
+// proxy passes on what is sent to addr. If lose is set it hangs up once instead
 // of passing back an answer.
 func proxy(t *testing.T, addr string, lose *atomic.Bool) string {
 	t.Helper()
@@ -351,7 +350,7 @@ func proxy(t *testing.T, addr string, lose *atomic.Bool) string {
 				buf := make([]byte, 4096)
 				for {
 					n, err := up.Read(buf)
-					if err != nil || lose.Load() {
+					if err != nil || lose.CompareAndSwap(true, false) {
 						return
 					}
 					down.Write(buf[:n])
@@ -364,26 +363,28 @@ func proxy(t *testing.T, addr string, lose *atomic.Bool) string {
 
 func TestErrorsShowNeitherBoxesNorPasswords(t *testing.T) {
 	ctx := t.Context()
-	s := open(t, redisstore.Config{Addr: parrot(t), Password: broker.NewSecret(password)})
 	k := broker.Key{Kind: "grant", Parts: []string{"a"}}
-	_, get := s.Get(ctx, k)
-	_, move := s.Move(ctx)
-	for what, err := range map[string]error{
-		"Put": s.Put(ctx, k, 0, []byte("S3CRET"), 0), "Add": s.Add(ctx, k, "S3CRET"), "Get": get, "Move": move, "Check": s.Check(ctx),
-	} {
-		if err == nil {
-			t.Errorf("%s: got no error", what)
-			continue
-		}
-		if strings.Contains(err.Error(), "S3CRET") || strings.Contains(err.Error(), password) {
-			t.Errorf("%s: the error shows a secret: %v", what, err)
+	for _, letsIn := range []bool{false, true} {
+		s := open(t, redisstore.Config{Addr: parrot(t, letsIn), Password: broker.NewSecret(password)})
+		_, get := s.Get(ctx, k)
+		_, move := s.Move(ctx)
+		for what, err := range map[string]error{
+			"Put": s.Put(ctx, k, 0, []byte("S3CRET"), 0), "Add": s.Add(ctx, k, "S3CRET"), "Get": get, "Move": move, "Check": s.Check(ctx),
+		} {
+			if err == nil {
+				t.Errorf("%s: got no error", what)
+				continue
+			}
+			if strings.Contains(err.Error(), "S3CRET") || strings.Contains(err.Error(), password) {
+				t.Errorf("%s: the error shows a secret: %v", what, err)
+			}
 		}
 	}
 }
 
 // parrot is a server that quotes each command in its refusal, as Redis does
-// with those it doesn't know.
-func parrot(t *testing.T) string {
+// with those it doesn't know. It may take any password.
+func parrot(t *testing.T, letsIn bool) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -396,20 +397,30 @@ func parrot(t *testing.T) string {
 			if err != nil {
 				return
 			}
-			go func() {
-				defer conn.Close()
-				r := bufio.NewReader(conn)
-				for {
-					args, err := command(r)
-					if err != nil {
-						return
-					}
-					fmt.Fprintf(conn, "-ERR unknown command '%s', with args beginning with: '%s'\r\n", args[0], strings.Join(args[1:], "' '"))
-				}
-			}()
+			go refuse(conn, letsIn)
 		}
 	}()
 	return l.Addr().String()
+}
+
+func refuse(conn net.Conn, letsIn bool) {
+	defer conn.Close()
+	r := bufio.NewReader(conn)
+	for {
+		args, err := command(r)
+		if err != nil {
+			return
+		}
+		switch auth := strings.EqualFold(args[0], "auth"); {
+		case auth && letsIn:
+			io.WriteString(conn, "+OK\r\n")
+			continue
+		case auth:
+			fmt.Fprintf(conn, "-ERR %s is not the password\r\n", args[1])
+			continue
+		}
+		fmt.Fprintf(conn, "-ERR unknown command '%s', with args beginning with: '%s'\r\n", args[0], strings.Join(args[1:], "' '"))
+	}
 }
 
 // command reads one command of Redis' protocol.

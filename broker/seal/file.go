@@ -121,8 +121,9 @@ func syncDir(path string) error {
 
 // Load reads a keyset and the key-encryption key that opens it.
 //
-// If kekFile is a relative name and systemd handed us a credential of that
-// name, that is the key. Otherwise it is a file which only its owner may read.
+// If systemd handed us a credential of the name kekFile, that is the key; so it
+// is if kekFile is its path. Otherwise it is a file which only its owner may
+// read.
 //
 // Its errors are sentences for the administrator: which file, what is wrong
 // with it, and what to do.
@@ -193,14 +194,21 @@ func loadKEK(name string) (kek, string, error) {
 	return key[:n], path, nil
 }
 
-// credential returns the path of the systemd credential called name, or "".
+// credential returns the path of the systemd credential called name, or "". An
+// absolute name may be the path of one, too.
 func credential(name string) string {
 	dir := os.Getenv("CREDENTIALS_DIRECTORY")
-	if dir == "" || !filepath.IsLocal(name) {
+	if dir == "" {
+		return ""
+	}
+	if filepath.IsAbs(name) {
+		if filepath.Dir(name) == filepath.Clean(dir) {
+			return name
+		}
 		return ""
 	}
 	path := filepath.Join(dir, name)
-	if _, err := os.Lstat(path); err != nil {
+	if _, err := os.Lstat(path); err != nil || !filepath.IsLocal(name) {
 		return ""
 	}
 	return path

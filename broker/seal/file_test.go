@@ -204,6 +204,7 @@ func TestASystemdCredentialIsTakenBeforeAFileOfTheSameName(t *testing.T) {
 	os.Chmod(credential, 0o440)
 	os.Remove(kek)
 	load(t, keyset, "kek")
+	load(t, keyset, credential)
 
 	os.Chmod(credential, 0o444)
 	_, err := seal.Load(keyset, "kek")

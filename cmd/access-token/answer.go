@@ -12,7 +12,6 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
-	"time"
 )
 
 // A token is the broker's answer to GET /v1/token.
@@ -23,7 +22,6 @@ type token struct {
 	Provider    string   `json:"provider"`
 	Audience    string   `json:"audience"`
 	Scopes      []string `json:"scopes"`
-	Ref         string   `json:"ref"`
 }
 
 // token asks for a token as the command line says.
@@ -56,43 +54,43 @@ func (c command) show(ctx context.Context, b *broker, stdout, stderr io.Writer) 
 	if err != nil {
 		return err
 	}
-	w := tabwriter.NewWriter(stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(w, "provider\t%s\n", t.Provider)
-	fmt.Fprintf(w, "audience\t%s\n", orDash(t.Audience))
-	fmt.Fprintf(w, "scopes\t%s\n", orDash(strings.Join(t.Scopes, " ")))
-	life := time.Duration(t.ExpiresIn) * time.Second
-	fmt.Fprintf(w, "expires\tin %s, at %s\n", life, time.Now().Add(life).Format("15:04:05 MST"))
-	fmt.Fprintf(w, "ref\t%s\n", orDash(t.Ref))
-	fmt.Fprintf(w, "token\t[hidden, %d bytes]\n", len(t.AccessToken))
 	claims, ok := decode(t.AccessToken)
+	fmt.Fprintf(stdout, "%s: audience %s, scopes %s, %.0f s left%s\n",
+		t.Provider, orDash(t.Audience), orDash(strings.Join(t.Scopes, " ")), t.ExpiresIn, owner(claims))
 	if !ok {
-		fmt.Fprintf(w, "claims\tnone to read: the token is opaque\n")
-		return w.Flush()
-	}
-	fmt.Fprintf(w, "claims\t(not verified)\n")
-	if err := w.Flush(); err != nil {
+		_, err = fmt.Fprintln(stdout, "the token is opaque: it has no claims to show")
 		return err
 	}
-	_, err = fmt.Fprintln(stdout, claims)
-	return err
+	e := json.NewEncoder(stdout)
+	e.SetIndent("", "  ")
+	e.SetEscapeHTML(false)
+	return e.Encode(claims)
 }
 
-// decode returns the claims of a JSON Web Token as indented JSON. Without its
-// signature they are of no use to a thief.
-func decode(jwt string) (claims string, ok bool) {
+// owner says whose token it is, if it says so.
+func owner(claims map[string]any) string {
+	for _, name := range []string{"preferred_username", "sub"} {
+		if s, ok := claims[name].(string); ok {
+			return " (" + s + ")"
+		}
+	}
+	return ""
+}
+
+// decode returns the claims of a JSON Web Token. They are not verified; without
+// their signature they are of no use to a thief.
+func decode(jwt string) (claims map[string]any, ok bool) {
 	parts := strings.Split(jwt, ".")
 	if len(parts) != 3 {
-		return "", false
+		return nil, false
 	}
 	payload, err := base64.RawURLEncoding.DecodeString(parts[1])
 	if err != nil {
-		return "", false
+		return nil, false
 	}
-	var out bytes.Buffer
-	if json.Indent(&out, payload, "", "  ") != nil {
-		return "", false
-	}
-	return out.String(), true
+	d := json.NewDecoder(bytes.NewReader(payload))
+	d.UseNumber() // times are not to be shown as 1.7e+09
+	return claims, d.Decode(&claims) == nil
 }
 
 // list prints the providers there are.

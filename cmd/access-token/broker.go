@@ -14,6 +14,7 @@ import (
 	"net/url"
 	"os"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -83,6 +84,14 @@ type refusal struct {
 }
 
 func (r *refusal) Error() string { return r.Sentence }
+
+// hint is the next step and the number to quote in it.
+func (r *refusal) hint() string {
+	if r.Ref == "" {
+		return r.Next
+	}
+	return strings.TrimSpace(r.Next + " (ref " + r.Ref + ")")
+}
 
 // exit is the exit code of r; see usage.
 func (r *refusal) exit() int {

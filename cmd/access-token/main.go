@@ -73,11 +73,8 @@ func report(stderr io.Writer, err error) int {
 		r = &refusal{Sentence: err.Error()}
 	}
 	fmt.Fprintf(stderr, "access-token: %s\n", r.Sentence)
-	if r.Next != "" {
-		fmt.Fprintf(stderr, "access-token: hint: %s\n", r.Next)
-	}
-	if r.Ref != "" {
-		fmt.Fprintf(stderr, "access-token: ref: %s\n", r.Ref)
+	if hint := r.hint(); hint != "" {
+		fmt.Fprintf(stderr, "access-token: hint: %s\n", hint)
 	}
 	return r.exit()
 }

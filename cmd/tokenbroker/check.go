@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"maps"
 	"net"
 	"net/netip"
@@ -17,6 +18,7 @@ import (
 
 	"tokenbroker/broker"
 	"tokenbroker/broker/oauthprovider"
+	"tokenbroker/broker/seal"
 )
 
 // check looks for mistakes in what a configuration says, notes them in d, and
@@ -30,6 +32,7 @@ func check(c *Config, d *decoder, f files) {
 	k.keys()
 	k.providers()
 	k.policy()
+	k.parts()
 }
 
 type checker struct {
@@ -128,6 +131,7 @@ func (k checker) servers() {
 	if !slices.Contains([]string{"docker", "process"}, s.Attestation) {
 		k.add("servers.attestation", "there is no attestation %q; there are docker and process", s.Attestation)
 	}
+	k.socket("servers.docker.socket", s.Docker.Socket)
 	k.socket("admin.socket", k.c.Admin.Socket)
 	if k.c.Helper != "" {
 		k.c.Helper = k.file("helper", k.c.Helper)
@@ -147,6 +151,9 @@ func (k checker) store() {
 			k.add("store.redis.address", "wants host:port")
 		}
 	}
+	if r.Socket != "" {
+		k.socket("store.redis.socket", r.Socket)
+	}
 	if r.DB < 0 {
 		k.add("store.redis.db", "is less than 0")
 	}
@@ -165,6 +172,38 @@ func (k checker) keys() {
 		}
 		k.secret(key, path, true)
 	}
+}
+
+// parts opens what can be opened without asking anybody: keys that don't fit
+// together, or certificates that can't be read, are mistakes as well. What is
+// wrong already is not tried.
+func (k checker) parts() {
+	if !k.wrong("keys") {
+		if _, err := seal.Load(k.c.Keys.Keyset, k.c.Keys.KEKFile); err != nil {
+			k.add("keys", "%v", err)
+		}
+	}
+	if !k.wrong("store") {
+		if s, err := openStore(k.c); err != nil {
+			k.add("store.redis", "%v", err)
+		} else {
+			s.Close()
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(k.c.Providers)) {
+		key := "providers." + string(name)
+		if k.wrong(key) {
+			continue
+		}
+		if _, err := openProvider(name, k.c.Providers[name], slog.New(slog.DiscardHandler)); err != nil {
+			k.add(key, "%v", err)
+		}
+	}
+}
+
+// wrong says whether a mistake was found in a block.
+func (k checker) wrong(key string) bool {
+	return slices.ContainsFunc(k.d.mistakes, func(m Mistake) bool { return m.Key == key || strings.HasPrefix(m.Key, key+".") })
 }
 
 func (k checker) providers() {

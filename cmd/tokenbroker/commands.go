@@ -103,7 +103,11 @@ func newKeys() *cobra.Command {
 	}
 	file := configFlag(c)
 	c.RunE = action(func(c *cobra.Command, _ []string) error {
-		keyset, kek := keyFiles(*file)
+		path, err := filepath.Abs(*file)
+		if err != nil {
+			return fmt.Errorf("create keys: %w", err)
+		}
+		keyset, kek := keyFiles(path)
 		if err := seal.Create(keyset, kek); err != nil {
 			return fmt.Errorf("create keys: %w", err)
 		}

@@ -46,7 +46,8 @@ type Config struct {
 	// Audit is where the audit lines go.
 	Audit AuditConfig `yaml:"audit"`
 	// Helper is the access-token binary on this host, for the hub to mount into
-	// containers. Default: the one beside this program, if there is one.
+	// containers. Default: access-token beside this program or in
+	// ../lib/tokenbroker, if it is there.
 	Helper string `yaml:"helper,omitempty"`
 }
 
@@ -148,7 +149,8 @@ type ProviderConfig struct {
 	Proxy string `yaml:"proxy,omitempty"`
 	// RedirectURI is the only one that a login may name. Default: any.
 	RedirectURI string `yaml:"redirect_uri,omitempty"`
-	// Roles are the claims that policy sees as roles. Default: the profile's.
+	// Roles are the claims that policy sees as roles; a dot steps into an
+	// object, as in realm_access.roles. Default: roles and groups.
 	Roles []string `yaml:"roles,omitempty"`
 	// Audiences maps an audience to the scopes that must be asked for with it.
 	Audiences map[string][]string `yaml:"audiences,omitempty"`
@@ -263,6 +265,9 @@ func (c *Config) fill() {
 	def(&c.Keys.KEKFile, "kek")
 	for name, p := range c.Providers {
 		def(&p.Profile, "generic")
+		if p.Roles == nil {
+			p.Roles = []string{"roles", "groups"}
+		}
 		c.Providers[name] = p
 	}
 	for i := range c.Policy {
@@ -270,7 +275,7 @@ func (c *Config) fill() {
 	}
 	def(&c.Admin.Socket, "/run/tokenbroker/admin.sock")
 	def(&c.Audit.File, "-")
-	def(&c.Helper, helperBeside())
+	def(&c.Helper, helperNearby())
 }
 
 func def[T comparable](p *T, value T) { *p = cmp.Or(*p, value) }
@@ -285,17 +290,21 @@ func (c *Config) onlyProvider() broker.ProviderID {
 	return ""
 }
 
-// helperBeside returns the path of the helper if it lies beside this program.
-func helperBeside() string {
+// helperNearby returns the path of the helper if it lies beside this program or
+// where programs keep what is not for the command line.
+func helperNearby() string {
 	self, err := os.Executable()
 	if err != nil {
 		return ""
 	}
-	path := filepath.Join(filepath.Dir(self), "access-token")
-	if i, err := os.Stat(path); err != nil || !i.Mode().IsRegular() {
-		return ""
+	bin := filepath.Dir(self)
+	for _, dir := range []string{bin, filepath.Join(filepath.Dir(bin), "lib", "tokenbroker")} {
+		path := filepath.Join(dir, "access-token")
+		if i, err := os.Stat(path); err == nil && i.Mode().IsRegular() {
+			return path
+		}
 	}
-	return path
+	return ""
 }
 
 // files finds the files that a configuration names.

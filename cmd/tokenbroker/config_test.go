@@ -14,6 +14,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"tokenbroker/broker"
+	"tokenbroker/broker/seal"
 )
 
 // minimal is all that a site has to write.
@@ -33,8 +34,10 @@ policy:
 func site(t *testing.T, text string) string {
 	t.Helper()
 	dir := t.TempDir()
-	for _, name := range []string{"keyset.json", "kek", "secret"} {
-		write(t, filepath.Join(dir, name), "s3cret\n", 0o400)
+	write(t, filepath.Join(dir, "secret"), "s3cret\n", 0o400)
+	write(t, filepath.Join(dir, "wrong-kek"), "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\n", 0o400)
+	if err := seal.Create(filepath.Join(dir, "keyset.json"), filepath.Join(dir, "kek")); err != nil {
+		t.Fatal(err)
 	}
 	path := filepath.Join(dir, "tokenbroker.yaml")
 	write(t, path, text, 0o644)
@@ -82,7 +85,7 @@ func TestAMinimalFileIsCompleted(t *testing.T) {
 		Keys:    KeysConfig{filepath.Join(dir, "keyset.json"), filepath.Join(dir, "kek")},
 		Providers: map[broker.ProviderID]ProviderConfig{"keycloak": {
 			Profile: "generic", Issuer: "https://sso.example.org/realms/lab", ClientID: "jupyterhub",
-			ClientSecretFile: filepath.Join(dir, "secret"),
+			ClientSecretFile: filepath.Join(dir, "secret"), Roles: []string{"roles", "groups"},
 		}},
 		Policy: []RuleConfig{{Roles: []string{"researcher"}, Provider: "keycloak", Audiences: []string{"storage"}, MaxTTL: 5 * time.Minute}},
 		Admin:  AdminConfig{"/run/tokenbroker/admin.sock"},
@@ -153,11 +156,15 @@ func TestMistakes(t *testing.T) {
 		{"no client", strings.Replace(minimal, "client_id: jupyterhub", "adopt: true", 1), "providers.keycloak.client_id: is missing"},
 		{"no client secret", strings.Replace(minimal, "client_secret_file: secret", "adopt: true", 1), "client_secret_file: is missing; a public client says auth_style: none"},
 		{"no issuer", strings.Replace(minimal, "issuer: https://sso.example.org/realms/lab", "adopt: true", 1), "issuer: is missing; a server without OpenID Connect needs endpoints.token"},
-		{"several providers and no login", minimal + "", ""},
 		{"an unknown hub in a rule", minimal + "- {hubs: [other]}\n", `policy[1].hubs[0]: there is no hub "other"; there are main`},
 		{"an unknown provider in a role", minimal + "- {roles: [github:org/lab]}\n", `policy[1].roles[0]: there is no provider "github"`},
 		{"a role with a colon of its own", minimal + "- {roles: ['urn:x', 'groups/a:b']}\n", ""},
 		{"a narrowing that is none", strings.Replace(minimal, "client_id", "narrowing: some\n    client_id", 1), `there is no narrowing "some"`},
+		{"an authentication that is none", strings.Replace(minimal, "client_id", "auth_style: magic\n    client_id", 1), "line 2: providers.keycloak: auth_style: it is client_secret_basic"},
+		{"an authority that is none", strings.Replace(minimal, "client_id", "ca_file: secret\n    client_id", 1), "line 2: providers.keycloak: "},
+		{"a key that opens another keyset", minimal + "keys: {kek_file: wrong-kek}\n", "line 10: keys: "},
+		{"a Redis socket that is too long", minimal + "store: {redis: {socket: " + long + "/redis.sock}}\n", "store.redis.socket: makes a socket path of 112 bytes"},
+		{"a user of Redis without a password", minimal + "store: {redis: {user: tb}}\n", "line 10: store.redis: "},
 		{"Redis twice", minimal + "store: {redis: {socket: /x, address: 'y:1'}}\n", "store.redis.address: give either socket or address"},
 		{"Redis without a port", minimal + "store: {redis: {address: y}}\n", "store.redis.address: wants host:port"},
 		{"a listener for everybody", minimal + "hubs: {main: {listener: {address: '0.0.0.0:1', client_secret_file: secret}}}\n", "hubs.main.listener.address: 0.0.0.0:1 can be reached from elsewhere"},

@@ -132,7 +132,7 @@ func checkServers(_ context.Context, cfg *Config) []finding {
 func checkHelper(_ context.Context, cfg *Config) []finding {
 	path := cfg.Helper
 	if path == "" {
-		return []finding{{"helper", "note", "there is none to mount into containers; put access-token beside this program or name it as helper"}}
+		return []finding{{"helper", "note", "there is none to mount into containers: put access-token beside this program, or name it as helper"}}
 	}
 	info, err := os.Stat(path)
 	if err == nil && info.Mode().Perm()&0o005 != 0o005 {

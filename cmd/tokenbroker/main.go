@@ -67,6 +67,7 @@ func newRoot() *cobra.Command {
 	}
 	root.PersistentFlags().VarP(new(format), "output", "o", "table or json")
 	root.AddCommand(newServe(), newConfig(), newStatus(), newSessions(), newUsers(), newKeys(), newDoctor(), newVersion())
+	addDemo(root)
 	return root
 }
 

@@ -122,9 +122,6 @@ func (d *decoder) value(n *yaml.Node, key string, v reflect.Value) {
 	if n.Kind == yaml.AliasNode {
 		n = n.Alias
 	}
-	if key != "" {
-		d.lines[key] = n.Line
-	}
 	if n.Tag == "!!null" {
 		d.add(n.Line, key, "has no value; leave the key out or give it one")
 		return
@@ -245,7 +242,7 @@ func (d *decoder) pairs(n *yaml.Node, key string, t reflect.Type, each func(k, v
 		case first != 0:
 			d.add(k.Line, sub, "is here twice, first in line %d", first)
 		default:
-			seen[k.Value] = k.Line
+			seen[k.Value], d.lines[sub] = k.Line, k.Line
 			each(k, v, sub)
 		}
 	}
@@ -260,8 +257,9 @@ func (d *decoder) sequence(n *yaml.Node, key string, v reflect.Value) {
 		if d.nodes > maxNodes {
 			return
 		}
-		e := reflect.New(v.Type().Elem()).Elem()
-		d.value(item, fmt.Sprintf("%s[%d]", key, i), e)
+		e, sub := reflect.New(v.Type().Elem()).Elem(), fmt.Sprintf("%s[%d]", key, i)
+		d.lines[sub] = item.Line
+		d.value(item, sub, e)
 		v.Set(reflect.Append(v, e))
 	}
 }

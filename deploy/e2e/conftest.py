@@ -12,7 +12,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from people import Browser, Hub, Keycloak  # noqa: E402
+from people import Browser, Hub, Keycloak, Server  # noqa: E402
 from refstack.stack import BROKER, OLD_WAY, STATE, Stack  # noqa: E402
 
 TOKEN_LIFE = 20  # seconds, of Keycloak's access tokens
@@ -22,13 +22,19 @@ PLANTED = set()  # refresh tokens that a test itself gave to the hub
 
 @pytest.fixture(scope="session")
 def stack():
-    """The whole stack, with a hub of the old way beside the broker's."""
+    """The whole stack, with a hub of the old way beside the broker's.
+
+    With KEEP_STACK set it stays, for the next run while a test is written.
+    """
     stack = Stack(STATE / "e2e")
-    if stack.settings:  # a run that was killed left it
+    keep = bool(os.environ.get("KEEP_STACK"))
+    if stack.settings and not keep:  # a run that was killed left it
         stack.down()
-    stack.up(hubs=(BROKER, OLD_WAY), token_life=TOKEN_LIFE, refresh_age=REFRESH_AGE)
+    if not stack.settings:
+        stack.up(hubs=(BROKER, OLD_WAY), token_life=TOKEN_LIFE, refresh_age=REFRESH_AGE)
     yield stack
-    stack.down(keep_logs=True)
+    if not keep:
+        stack.down(keep_logs=True)
 
 
 @pytest.fixture(scope="session")
@@ -49,15 +55,19 @@ def keycloak(stack):
 @pytest.fixture(scope="session")
 def alice(hub):
     """Alice's running server. She is a researcher."""
-    Browser().log_in(hub.url, "alice")
-    return hub.spawn("alice")
+    return logged_in(hub, "alice")
 
 
 @pytest.fixture(scope="session")
 def bob(hub):
     """Bob's running server. He is a student."""
-    Browser().log_in(hub.url, "bob")
-    return hub.spawn("bob")
+    return logged_in(hub, "bob")
+
+
+def logged_in(hub, user):
+    """A new login, and the user's server; one from the run before, if the stack was kept."""
+    Browser().log_in(hub.url, user)
+    return Server(hub, user) if hub.ready(user) else hub.spawn(user)
 
 
 @pytest.fixture(scope="session")

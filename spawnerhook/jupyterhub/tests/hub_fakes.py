@@ -42,7 +42,9 @@ class Engine:
 
     def inspect_container(self, name):
         if name not in self.containers:
-            raise docker.errors.NotFound("no such container", response=SimpleNamespace(status_code=404, reason="", url=""))
+            raise docker.errors.NotFound(
+                "no such container", response=SimpleNamespace(status_code=404, reason="", url="")
+            )
         return self.containers[name]
 
     def create_container(self, **kwargs):
@@ -80,11 +82,11 @@ def docker_spawner(user=None, server="", config=None, cls=DockerSpawner, **kwarg
     for name, value in (config or {}).items():
         c.DockerSpawner[name] = value
     user = user or User(auth_state=HANDLE)
-    return Spawner(user=user, orm_spawner=SimpleNamespace(name=server), config=c, cmd="x", **kwargs)
+    return Spawner(user=user, orm_spawner=SimpleNamespace(name=server, server=None), config=c, cmd="x", **kwargs)
 
 
 def process_spawner(user, cls=LocalProcessSpawner):
-    return cls(user=user, orm_spawner=SimpleNamespace(name=""), config=Config())
+    return cls(user=user, orm_spawner=SimpleNamespace(name="", server=None), config=Config())
 
 
 def servers(broker, kind=None, on_no_grant="start", on_broker_down="refuse", timeout=5.0):

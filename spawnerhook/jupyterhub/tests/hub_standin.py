@@ -100,4 +100,8 @@ class StandIn:
 def http(answer):
     status, value = answer if isinstance(answer, tuple) else (200, answer)
     body = json.dumps(value).encode()
-    return b"HTTP/1.0 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
+    return b"HTTP/1.0 %d X\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (
+        status,
+        len(body),
+        body,
+    )

@@ -277,7 +277,9 @@ def test_pycurl_would_follow_the_environments_proxy(c, starting, broker, monkeyp
         ((5, 5, 1), "start", True, True),
     ],
 )
-def test_before_6_1_a_user_without_auth_state_may_spawn(c, starting, broker, monkeypatch, version, on_no_grant, site, want):
+def test_before_6_1_a_user_without_auth_state_may_spawn(
+    c, starting, broker, monkeypatch, version, on_no_grant, site, want
+):
     monkeypatch.setattr(jupyterhub, "version_info", version)
     if site is not None:
         c.GenericOAuthenticator.refresh_pre_spawn = site

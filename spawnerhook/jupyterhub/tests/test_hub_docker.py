@@ -57,7 +57,12 @@ def test_mounts_of_the_site_stay_but_for_those_in_our_place(broker, why, config,
 
 
 def test_mounts_of_the_newer_kind_in_our_place_are_dropped(broker):
-    config = {"mounts": [{"source": "/a", "target": "/a", "type": "bind"}, {"source": "/evil", "target": "/run/tokenbroker", "type": "bind"}]}
+    config = {
+        "mounts": [
+            {"source": "/a", "target": "/a", "type": "bind"},
+            {"source": "/evil", "target": "/run/tokenbroker", "type": "bind"},
+        ]
+    }
     binds, told = created(broker, config=config)
     assert binds == OURS
     assert [mount["Target"] for mount in told["host_config"]["Mounts"]] == ["/a"]
@@ -160,4 +165,6 @@ def test_docker_in_trouble_is_a_sentence(broker, monkeypatch):
 def test_docker_spawner_still_has_what_we_use_of_it():
     for name in ("get_object", "remove_object", "stop_object", "check_allowed"):
         assert asyncio.iscoroutinefunction(getattr(DockerSpawner, name))
-    assert {"volumes", "read_only_volumes", "mounts", "extra_host_config", "remove"} <= set(DockerSpawner.class_traits())
+    assert {"volumes", "read_only_volumes", "mounts", "extra_host_config", "remove"} <= set(
+        DockerSpawner.class_traits()
+    )

@@ -18,9 +18,19 @@ from tokenbroker_hub import relay as relay_module
 from tokenbroker_hub.relay import DOWN, Relay
 
 PATH = "/oauth2/token/keycloak"
-CODE = {"grant_type": "authorization_code", "code": "the-code", "code_verifier": "the-verifier", "redirect_uri": "https://hub/cb"}
+CODE = {
+    "grant_type": "authorization_code",
+    "code": "the-code",
+    "code_verifier": "the-verifier",
+    "redirect_uri": "https://hub/cb",
+}
 REFRESH = {"grant_type": "refresh_token", "refresh_token": "tbh_the-handle"}
-TOKENS = {"access_token": "the-access-token", "token_type": "Bearer", "refresh_token": "tbh_the-handle", "expires_in": 60}
+TOKENS = {
+    "access_token": "the-access-token",
+    "token_type": "Bearer",
+    "refresh_token": "tbh_the-handle",
+    "expires_in": 60,
+}
 
 
 @pytest.fixture
@@ -138,7 +148,11 @@ def raw(relay, data, shut=True):
         ("half a header", b"POST " + PATH.encode(), 400),
         ("half a body", b"POST " + PATH.encode() + b" HTTP/1.1\r\nContent-Length: 9\r\n\r\na=1", 400),
         ("not HTTP", b"\x16\x03\x01\r\n\r\n", 400),
-        ("two lengths", b"POST " + PATH.encode() + b" HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab", 400),
+        (
+            "two lengths",
+            b"POST " + PATH.encode() + b" HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\nab",
+            400,
+        ),
         ("a header without a colon", b"POST " + PATH.encode() + b" HTTP/1.1\r\nnonsense\r\n\r\n", 400),
     ],
 )

@@ -17,7 +17,12 @@ STATE = {
     "access_token": "old-token",
     "refresh_token": "tbh_1",
     "id_token": "old-id",
-    "token_response": {"access_token": "old-token", "refresh_token": "tbh_1", "token_type": "Bearer", "id_token": "old-id"},
+    "token_response": {
+        "access_token": "old-token",
+        "refresh_token": "tbh_1",
+        "token_type": "Bearer",
+        "id_token": "old-id",
+    },
     "scope": ["openid"],
     "oauth_user": {"name": "alice", "groups": ["old"]},
 }
@@ -73,7 +78,10 @@ def test_the_handle_is_taken_before_the_sites_hook_and_the_name_after(broker):
     async def site(authenticator, handler, model):
         return {"name": "renamed", "auth_state": {"only": "this"}}
 
-    assert login(broker, {"name": "alice", "auth_state": STATE}, site) == {"name": "renamed", "auth_state": {"only": "this"}}
+    assert login(broker, {"name": "alice", "auth_state": STATE}, site) == {
+        "name": "renamed",
+        "auth_state": {"only": "this"},
+    }
     assert broker.requests("/v1/claim") == [{"provider": "keycloak", "handle": "tbh_1", "user": "renamed"}]
 
 
@@ -95,7 +103,9 @@ def test_a_login_without_a_handle_claims_nothing(broker, state):
     assert broker.calls == []
 
 
-@pytest.mark.parametrize("answer", [FROZEN, Raw(b""), Raw(b"HTTP/1.0 200 OK\r\n\r\n{oops"), (503, {"code": "unavailable"})])
+@pytest.mark.parametrize(
+    "answer", [FROZEN, Raw(b""), Raw(b"HTTP/1.0 200 OK\r\n\r\n{oops"), (503, {"code": "unavailable"})]
+)
 def test_a_claim_that_gets_lost_lets_the_login_go_on(broker, answer):
     broker.answers["/v1/claim"] = answer
     model = {"name": "alice", "auth_state": STATE}
@@ -151,7 +161,9 @@ def test_a_user_renamed_at_login_stays_who_he_is(broker):
     assert refresh(broker, user=User("alice-renamed", STATE))["name"] == "alice-renamed"
 
 
-@pytest.mark.parametrize("error", [web.HTTPError(500, "id token: new-id"), ConnectionError(), ValueError(), KeyError("x")])
+@pytest.mark.parametrize(
+    "error", [web.HTTPError(500, "id token: new-id"), ConnectionError(), ValueError(), KeyError("x")]
+)
 def test_with_userinfo_down_nobody_is_logged_out_and_the_token_is_kept(broker, caplog, error):
     broker.answers["/v1/check-session"] = {"active": True, "token": TOKEN}
     auth, user = authenticator(), User("alice", STATE)
@@ -197,7 +209,13 @@ def test_a_session_without_a_handle_is_left_to_oauthenticator(broker, state):
     assert broker.calls == []
 
 
-TROUBLE = [FROZEN, Raw(b""), Raw(b"HTTP/1.0 200 OK\r\n\r\n{oops"), (503, {"code": "unavailable"}), (500, {"code": "internal"})]
+TROUBLE = [
+    FROZEN,
+    Raw(b""),
+    Raw(b"HTTP/1.0 200 OK\r\n\r\n{oops"),
+    (503, {"code": "unavailable"}),
+    (500, {"code": "internal"}),
+]
 
 
 @pytest.mark.parametrize("answer", TROUBLE)
@@ -227,7 +245,9 @@ def test_a_broker_that_is_down_too_long_needs_a_login(broker, monkeypatch):
     assert ask() is True
 
 
-@pytest.mark.parametrize(("code", "want"), [("login_required", False), ("revoked", False), ("invalid", True), ("limited", True)])
+@pytest.mark.parametrize(
+    ("code", "want"), [("login_required", False), ("revoked", False), ("invalid", True), ("limited", True)]
+)
 def test_of_refusals_only_the_end_of_the_session_ends_it(broker, code, want):
     broker.refuse("/v1/check-session", 400, code)
     assert refresh(broker) is want

@@ -215,7 +215,8 @@ def _kind_of_servers(cls, on_kept):
     if {"LocalProcessSpawner", "SudoSpawner", "SystemdSpawner"} & set(bases):
         return Process(own_uid="SimpleLocalProcessSpawner" in bases)
     raise ConfigError(
-        f"JupyterHub.spawner_class is {cls.__name__}; the token broker serves DockerSpawner and spawners of local processes"
+        f"JupyterHub.spawner_class is {cls.__name__}; the token broker serves DockerSpawner and the spawners of"
+        " local processes"
     )
 
 

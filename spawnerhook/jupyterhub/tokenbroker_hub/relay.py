@@ -26,6 +26,7 @@ from .broker import exchange
 CONNECTIONS = 64
 REQUEST_SECONDS = 5
 BROKER_SECONDS = 18  # OAuthenticator gives up after 20
+LINGER_SECONDS = 1
 MAX_HEAD = 16 << 10
 MAX_BODY = 64 << 10
 DOWN = "the token broker is unavailable, please try again in a minute"
@@ -81,15 +82,14 @@ class Relay:
         self._open += 1
         try:
             writer.write(await self._handle(reader))
-            await asyncio.wait_for(writer.drain(), REQUEST_SECONDS)
-        except (OSError, asyncio.TimeoutError, TimeoutError):
+        except OSError:
             pass  # the hub has given up; there is nobody to tell
         except Exception as e:
             # The type only: the text may quote the request.
             log.error("token broker relay: %s", type(e).__name__)
         finally:
             self._open -= 1
-            writer.close()
+            await _close(reader, writer)
 
     async def _handle(self, reader):
         try:
@@ -138,6 +138,24 @@ class Relay:
             log.error("token broker at %s: %s", self.socket_path, _why(e))
             return _down(form)
         return answer.raw
+
+
+async def _close(reader, writer):
+    """Closes without losing the answer: closing with bytes unread, as when a
+    request was refused early, would reset the connection under the reader."""
+    try:
+        if writer.can_write_eof():
+            writer.write_eof()
+        await asyncio.wait_for(_discard(reader), LINGER_SECONDS)
+    except (OSError, asyncio.TimeoutError, TimeoutError):
+        pass
+    finally:
+        writer.close()
+
+
+async def _discard(reader):
+    while await reader.read(65536):
+        pass
 
 
 def _why(e):
