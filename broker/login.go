@@ -137,10 +137,12 @@ func (b *Broker) login(ctx context.Context, hub HubID, provider ProviderID, c Co
 	e.Sub = id.Sub
 	t := ticket{hub: hub, provider: provider, handle: NewSecret(handlePrefix + rand.Text())}
 	t.Sub, t.Pending = id.Sub, b.newPending(provider, id, iss)
+	token := t.Pending.Token.open()
+	t.Given, t.GivenAt = token.Print, b.pulse.now()
 	if err := b.saveTicket(ctx, &t); err != nil {
 		return HubToken{}, err
 	}
-	return b.hubToken(&t, t.Pending.Token.open()), nil
+	return b.hubToken(&t, token), nil
 }
 
 func loginError(p ProviderID, err error) error {

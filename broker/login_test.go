@@ -222,6 +222,23 @@ func TestHubIsNeverGivenTheTokenItGaveUp(t *testing.T) {
 	})
 }
 
+func TestHubIsNotGivenTheTokenOfItsLoginAgain(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		login, err := r.Login(context.Background(), "main", "keycloak", codeOf("alice"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Claim(context.Background(), "main", "keycloak", login.Handle, "alice"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(6 * time.Second)
+		tok, err := r.RefreshHub(context.Background(), "main", "keycloak", login.Handle)
+		if err != nil || tok.Access.Equal(login.Access) {
+			t.Errorf("RefreshHub after the login's token was refused: the same one again, or %v", err)
+		}
+	})
+}
+
 func TestHubIsAnsweredWithinItsPatience(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		handle := r.loggedIn("alice")

@@ -86,6 +86,25 @@ func TestAHubContainerSeesTheNewSocketAfterARestart(t *testing.T) {
 	}
 }
 
+func TestAHubCanReachItsSocketWhateverTheUmask(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o077))
+	dir := shortDir(t) + "/run"
+	l, err := peersocket.ListenHub(dir+"/hubs/main/hub.sock", "main", uint32(os.Getuid()), quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for _, path := range []string{dir, dir + "/hubs", dir + "/hubs/main"} {
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := info.Mode().Perm(); got != 0o755 {
+			t.Errorf("mode of %s: %04o, want 0755", path, got)
+		}
+	}
+}
+
 func TestListenersSayWhatIsWrongWithThePath(t *testing.T) {
 	dir := shortDir(t)
 	open := dir + "/open"

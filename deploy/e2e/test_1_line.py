@@ -142,7 +142,7 @@ def test_a_second_user_gets_his_own_tokens_and_is_denied_what_his_roles_lack(bob
     own = bob.ask("/v1/token/keycloak?scope=openid+profile")
     assert claims(own.token)["preferred_username"] == "bob"
     denied = bob.ask("/v1/token/keycloak?audience=storage")
-    assert (denied.status, denied.body["code"]) == (403, "denied")
+    assert (denied.status, denied.code) == (403, "denied")
     assert "researcher" in denied.body["detail"]
     assert audit(denied.body["ref"])
 
@@ -156,7 +156,7 @@ def test_a_second_user_gets_his_own_tokens_and_is_denied_what_his_roles_lack(bob
 ])
 def test_a_wrong_request_is_told_what_is_wrong(alice, path, status, code, names):
     answer = alice.ask(path)
-    assert (answer.status, answer.body["code"]) == (status, code), answer
+    assert (answer.status, answer.code) == (status, code), answer
     assert names in answer.body["detail"]
     assert answer.body["next"] and answer.body["ref"]
 

@@ -303,6 +303,7 @@ providers:
     redirect_uri: {s['hubs'][BROKER]['url']}/hub/oauth_callback
     roles: [roles, groups]
     audiences: {{storage: [storage], compute: [compute]}}
+    adopt: true
 policy:
   - {{roles: [researcher], provider: keycloak, audiences: [storage], scopes: [storage], max_ttl: 5m}}
   - {{roles: [researcher], provider: keycloak, audiences: [compute], scopes: [compute], max_ttl: 5m}}
