@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -62,6 +63,7 @@ func newRig(t *testing.T, edit ...func(*broker.Config)) *rig {
 		},
 		Store: r.store, Keys: keys, Attestor: r.attestor, Sockets: r.sockets,
 		Audit: r.audit, Log: slog.New(slog.NewTextHandler(r.log, nil)), Helper: "/opt/access-token",
+		Journal: filepath.Join(t.TempDir(), "journal"),
 	}
 	for _, e := range edit {
 		e(&r.cfg)
@@ -89,6 +91,7 @@ func (r *rig) second() *rig {
 	s := *r
 	s.attestor, s.sockets, s.audit = brokertest.NewAttestor(), brokertest.NewSockets(), &audit{}
 	s.cfg.Host, s.cfg.Attestor, s.cfg.Sockets, s.cfg.Audit = "host2", s.attestor, s.sockets, s.audit
+	s.cfg.Journal = filepath.Join(r.t.TempDir(), "journal2")
 	s.start()
 	return &s
 }
