@@ -56,6 +56,7 @@ type failure struct {
 
 // Error is the error without the hint.
 func (f *failure) Error() string { return f.err.Error() }
+
 // Unwrap returns the error.
 func (f *failure) Unwrap() error { return f.err }
 
