@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log"
+	"net/http"
 
 	"golang.org/x/oauth2"
 
@@ -39,7 +40,8 @@ func ExampleClient_TokenSource() {
 
 	// Each request carries a token that is good now. Wait lets a long job outlast
 	// a restart of the broker.
-	web := oauth2.NewClient(ctx, c.TokenSource(ctx, client.Audience("storage"), client.Wait(0)))
+	source := c.TokenSource(ctx, client.Audience("storage"), client.Wait(0))
+	web := &http.Client{Transport: &oauth2.Transport{Source: source}}
 	resp, err := web.Get("https://storage.example.org/")
 	if err != nil {
 		log.Fatal(err)

@@ -120,6 +120,7 @@ func openAttestor(cfg *Config, directory func(broker.ServerKey) (string, error),
 // processAttestor has nothing to close.
 type processAttestor struct{ *spawnerhook.Process }
 
+// Close does nothing.
 func (processAttestor) Close() error { return nil }
 
 // openAudit opens the audit file for its owner only, or takes stdout.
@@ -137,6 +138,7 @@ func openAudit(file string, stdout io.Writer) (io.WriteCloser, error) {
 // keepOpen is a writer that somebody else closes.
 type keepOpen struct{ io.Writer }
 
+// Close leaves the writer open.
 func (keepOpen) Close() error { return nil }
 
 func openStore(cfg *Config) (*redisstore.Store, error) {
