@@ -28,7 +28,7 @@ func newBroker(t testing.TB) *broker.Broker {
 		Hubs:      map[broker.HubID]broker.Hub{"main": {Login: "keycloak"}},
 		Providers: []broker.Provider{brokertest.NewProvider("keycloak")},
 		Store:     brokertest.NewMemStore(), Keys: keys, Attestor: brokertest.NewAttestor(), Sockets: brokertest.NewSockets(),
-		Audit: io.Discard, Log: quietLog(),
+		Audit: io.Discard, Log: quietLog(), Journal: t.TempDir() + "/journal",
 	})
 	check(t, err)
 	check(t, b.Start(context.Background()))

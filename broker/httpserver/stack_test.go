@@ -84,6 +84,7 @@ func newStack(t testing.TB, set setup) *stack {
 			{Roles: []string{"researcher"}, Provider: "keycloak", Audiences: []string{"storage"}, Scopes: []string{"read", "write"}},
 		},
 		Store: set.store, Keys: keys, Attestor: s.attestor, Sockets: s.servers, Audit: s.audit, Log: log,
+		Journal: dir + "/journal",
 	})
 	check(t, err)
 	check(t, s.b.Start(context.Background()))

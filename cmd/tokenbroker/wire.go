@@ -94,7 +94,7 @@ func (p *parts) broker(cfg *Config, log *slog.Logger) (*broker.Broker, error) {
 		Deployment: cfg.Deployment, Host: broker.HostID(cfg.Host), Contact: cfg.Contact, Version: versionText(),
 		Hubs: hubs, Providers: p.providers, Rules: rules(cfg.Policy),
 		Store: p.store, Keys: p.keys, Attestor: p.attestor, Sockets: p.sockets,
-		Audit: p.audit, Log: log, Helper: cfg.Helper,
+		Audit: p.audit, Log: log, Helper: cfg.Helper, Journal: cfg.Journal,
 	})
 }
 
