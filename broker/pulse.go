@@ -14,30 +14,35 @@ const confirmLease = 250 * time.Millisecond
 // requests of this broker.
 type pulse struct {
 	store Store
-	reads flights[struct{}, Pulse]
+	reads flights[struct{}, struct{}]
 
 	mu   sync.Mutex // guards the two below
 	last Pulse
 	at   time.Time // when the read of last began, by our monotonic clock
 }
 
-// revision returns a revision that was current at most confirmLease ago.
+// revision returns a revision that was current at most confirmLease ago. What
+// took longer to arrive proves nothing and is read again.
 func (p *pulse) revision(ctx context.Context) (int64, error) {
-	if rev, ok := p.confirmed(); ok {
-		return rev, nil
+	for range 3 {
+		if err := p.sync(ctx); err != nil {
+			return 0, err
+		}
+		if rev, ok := p.confirmed(); ok {
+			return rev, nil
+		}
 	}
-	got, err := p.reads.do(ctx, struct{}{}, p.read)
-	if err != nil {
-		return 0, err
-	}
-	return got.Revision, nil
+	return 0, Errorf(Unavailable, "the token broker's store is too slow")
 }
 
-// sync sets the clock by the store. A flow that goes by the time and reads no
-// revision begins with it: our monotonic clock stands still while the machine
-// sleeps.
+// sync sets the clock by the store, unless that was done within the lease. A
+// flow that goes by the time and reads no revision begins with it: our monotonic
+// clock stands still while the machine sleeps.
 func (p *pulse) sync(ctx context.Context) error {
-	_, err := p.revision(ctx)
+	if _, ok := p.confirmed(); ok {
+		return nil
+	}
+	_, err := p.reads.do(ctx, struct{}{}, p.read)
 	return err
 }
 
@@ -48,18 +53,18 @@ func (p *pulse) confirmed() (int64, bool) {
 	return p.last.Revision, !p.at.IsZero() && time.Since(p.at) <= confirmLease
 }
 
-func (p *pulse) read(ctx context.Context) (Pulse, error) {
+func (p *pulse) read(ctx context.Context) (none struct{}, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
 	began := time.Now()
 	got, err := p.store.Pulse(ctx)
 	if err != nil {
-		return Pulse{}, storeError(err, Key{Kind: "revision"})
+		return none, storeError(err, Key{Kind: "revision"})
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.last, p.at = got, began
-	return got, nil
+	return none, nil
 }
 
 // now is the store's time, carried on by our monotonic clock. The host's own
