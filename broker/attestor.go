@@ -24,6 +24,11 @@ type Attestor interface {
 	// ErrUnknownPeer with what the kernel said as the cause.
 	Attest(p *Peer, w *Workload) error
 
+	// Alive returns nil while p's process lives, else ErrUnknownPeer. It costs
+	// one system call, so that every request can ask. A connection outlives its
+	// maker if the descriptor was handed on; the token must not.
+	Alive(p *Peer) error
+
 	// Watch calls changed with the name of each container that something has
 	// happened to, until ctx is done. A call is a hint to look, never a fact;
 	// hints may repeat. An empty name says that hints may have been lost, so

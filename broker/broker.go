@@ -1,9 +1,14 @@
 package broker
 
 import (
+	"cmp"
 	"context"
+	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"slices"
+	"sync"
 	"time"
 
 	"tokenbroker/broker/seal"
@@ -38,19 +43,120 @@ type Hub struct {
 
 // A Broker joins the parts; its methods are the flows. All of them may be
 // called from many goroutines at once.
-type Broker struct{}
+type Broker struct {
+	cfg       Config
+	providers map[ProviderID]Provider
+	vault     vault
+	audit     *audit
+	pulse     pulse
+	started   time.Time
+
+	// What is kept in memory; doc.go has the table.
+	servers servers
+	views   views
+	tokens  tokens
+
+	// Who waits for whom.
+	looks       flights[userKey, *view]
+	refreshes   flights[tokenKey, cachedToken]
+	exchanges   flights[tokenKey, cachedToken]
+	adoptions   flights[string, ticket]
+	binds       flights[ServerKey, *server]
+	turns       turns[GrantKey]  // one refresh per grant at a time
+	serverTurns turns[ServerKey] // one Register or Unregister per server
+	bindTurns   turns[ServerKey] // one bind per server
+	slots       chan struct{}    // bounds the binds that Docker's hints start
+
+	closing chan struct{} // closed by Close
+	work    sync.WaitGroup
+	stop    context.CancelFunc // ends Watch
+}
 
 // New checks cfg and joins the parts. It asks none of them anything.
-func New(cfg Config) (*Broker, error) { panic("wip") }
+func New(cfg Config) (*Broker, error) {
+	b := &Broker{
+		cfg:       cfg,
+		providers: make(map[ProviderID]Provider),
+		vault:     vault{store: cfg.Store, keys: cfg.Keys, deployment: cfg.Deployment},
+		pulse:     pulse{store: cfg.Store},
+		slots:     make(chan struct{}, 8),
+		closing:   make(chan struct{}),
+		stop:      func() {},
+	}
+	for _, p := range cfg.Providers {
+		b.providers[p.Info().Name] = p
+	}
+	if err := b.check(); err != nil {
+		return nil, err
+	}
+	b.audit = newAudit(cfg.Audit)
+	return b, nil
+}
+
+func (b *Broker) check() error {
+	c := &b.cfg
+	var errs []error
+	for _, f := range []struct {
+		name string
+		ok   bool
+	}{
+		{"Deployment", c.Deployment != ""}, {"Host", c.Host != ""}, {"Contact", c.Contact != ""},
+		{"Hubs", len(c.Hubs) > 0}, {"Providers", len(c.Providers) > 0},
+		{"Store", c.Store != nil}, {"Keys", c.Keys != nil}, {"Attestor", c.Attestor != nil},
+		{"Sockets", c.Sockets != nil}, {"Audit", c.Audit != nil}, {"Log", c.Log != nil},
+	} {
+		if !f.ok {
+			errs = append(errs, fmt.Errorf("broker: %s is missing", f.name))
+		}
+	}
+	for name, h := range c.Hubs {
+		if _, err := b.provider(h.Login); err != nil {
+			errs = append(errs, fmt.Errorf("broker: hub %s: login: %w", name, err))
+		}
+	}
+	for i, r := range c.Rules {
+		if _, err := b.provider(r.Provider); err != nil {
+			errs = append(errs, fmt.Errorf("broker: rule %d: %w", i+1, err))
+		}
+	}
+	return errors.Join(errs...)
+}
 
 // Start restores this host's registrations, opens their sockets and begins to
 // watch their containers. Close ends what it began.
-func (b *Broker) Start(ctx context.Context) error { panic("wip") }
+func (b *Broker) Start(ctx context.Context) error {
+	if err := b.pulse.sync(ctx); err != nil {
+		return err
+	}
+	b.started = b.pulse.now()
+	if err := b.restore(ctx); err != nil {
+		return err
+	}
+	watch, stop := context.WithCancel(context.WithoutCancel(ctx))
+	b.stop = stop
+	b.work.Go(func() {
+		if err := b.cfg.Attestor.Watch(watch, b.hint); err != nil && watch.Err() == nil {
+			b.cfg.Log.Error("containers are no longer watched", "err", err)
+		}
+	})
+	b.hint("")
+	return nil
+}
 
 // Close stops watching and returns when the refreshes under way have ended, so
 // that no answer of a provider is lost. Sockets and Store stay open; whoever
 // made them closes them afterwards.
-func (b *Broker) Close() { panic("wip") }
+func (b *Broker) Close() {
+	close(b.closing)
+	b.stop()
+	b.work.Wait()
+	b.exchanges.wait()
+	b.refreshes.wait()
+	b.adoptions.wait()
+	b.binds.wait()
+	b.looks.wait()
+	b.pulse.reads.wait()
+}
 
 // PartStatus is the state of one part of a broker.
 type PartStatus struct {
@@ -72,13 +178,86 @@ type Status struct {
 	Registrations map[RegistrationState]int
 }
 
-// Status asks each part how it does.
-func (b *Broker) Status(ctx context.Context) Status { panic("wip") }
+// statusWithin bounds what one part may take to say how it does.
+const statusWithin = 5 * time.Second
 
-// Grants lists the deployment's grants, without their refresh tokens. Empty
-// arguments narrow nothing.
-func (b *Broker) Grants(ctx context.Context, hub HubID, user UserID) ([]Grant, error) { panic("wip") }
+// Status asks each part how it does, all at once.
+func (b *Broker) Status(ctx context.Context) Status {
+	ctx, cancel := context.WithTimeout(ctx, statusWithin)
+	defer cancel()
+	s := Status{
+		Deployment: b.cfg.Deployment, Host: b.cfg.Host, StartedAt: b.started, Version: b.cfg.Version,
+		Providers: make([]PartStatus, len(b.cfg.Providers)), Registrations: make(map[RegistrationState]int),
+	}
+	s.Revision, _ = b.pulse.revision(ctx) // Store says why, if it can't be read
+	var asked sync.WaitGroup
+	asked.Go(func() { s.Store = partStatus("store", "ok", b.cfg.Store.Check(ctx)) })
+	asked.Go(func() {
+		level, err := b.cfg.Attestor.Check(ctx)
+		s.Attestation = partStatus("attestation", level, err)
+	})
+	for i, id := range b.providerNames() {
+		asked.Go(func() { s.Providers[i] = partStatus(string(id), "ok", b.providers[id].Check(ctx)) })
+	}
+	asked.Wait()
+	for _, r := range b.Registrations() {
+		s.Registrations[r.State]++
+	}
+	return s
+}
 
-// Refuse records a request that an edge could not even read, and returns what
-// to answer. action names what was asked for, p may be nil.
-func (b *Broker) Refuse(p *Peer, action string, err error) *Error { panic("wip") }
+func partStatus(name, fine string, err error) PartStatus {
+	if err != nil {
+		return PartStatus{Name: name, Detail: err.Error()}
+	}
+	return PartStatus{Name: name, OK: true, Detail: fine}
+}
+
+// Grants lists the deployment's grants, sorted, without their refresh tokens.
+// Empty arguments narrow nothing.
+func (b *Broker) Grants(ctx context.Context, hub HubID, user UserID) ([]Grant, error) {
+	members, err := b.cfg.Store.Members(ctx, grantsKey)
+	if err != nil {
+		return nil, public(storeError(err, grantsKey), b.cfg.Contact, "")
+	}
+	var all []Grant
+	for _, m := range members {
+		g, err := b.loadGrant(ctx, parseGrantKey(m))
+		if errors.Is(err, ErrAbsent) {
+			continue
+		}
+		if err != nil {
+			return nil, public(err, b.cfg.Contact, "")
+		}
+		if (hub == "" || hub == g.Key.Hub) && (user == "" || user == g.User) {
+			g.Refresh = Secret{}
+			all = append(all, g)
+		}
+	}
+	slices.SortFunc(all, func(a, b Grant) int {
+		return cmp.Or(cmp.Compare(a.Key.Hub, b.Key.Hub), cmp.Compare(a.User, b.User), cmp.Compare(a.Key.Provider, b.Key.Provider))
+	})
+	return all, nil
+}
+
+// provider finds a provider by the name that somebody asked for.
+func (b *Broker) provider(id ProviderID) (Provider, error) {
+	p, ok := b.providers[id]
+	if !ok {
+		var names []string
+		for _, n := range b.providerNames() {
+			names = append(names, string(n))
+		}
+		return nil, Errorf(Invalid, "provider: there is no provider %q; there are %s", id, list(names))
+	}
+	return p, nil
+}
+
+func (b *Broker) providerNames() []ProviderID {
+	names := make([]ProviderID, 0, len(b.providers))
+	for n := range b.providers {
+		names = append(names, n)
+	}
+	slices.Sort(names)
+	return names
+}

@@ -1,6 +1,10 @@
 package broker
 
-import "time"
+import (
+	"context"
+	"encoding/json"
+	"time"
+)
 
 // GrantState is what can be done with a grant.
 type GrantState string
@@ -9,7 +13,7 @@ const (
 	NoGrant       GrantState = "none"
 	Live          GrantState = "live"
 	NeedsLogin    GrantState = "login_required" // quarantined: the provider refused the refresh token
-	Disconnected  GrantState = "revoked"        // tombstone
+	Disconnected  GrantState = "revoked"        // an administrator ended it; see Grant.Tombstone
 	GrantDisabled GrantState = "disabled"       // the account is switched off at the provider
 )
 
@@ -29,6 +33,9 @@ type Grant struct {
 	// Tombstone is when the grant was disconnected; zero if it wasn't. Nothing
 	// but a new login is stored over it.
 	Tombstone time.Time
+	// EndedAt is when the grant was last disconnected. It outlives the
+	// tombstone: the handles from before are void for ever.
+	EndedAt time.Time
 
 	// Lease is the right to refresh, held by Holder until Until.
 	Lease Lease
@@ -37,11 +44,15 @@ type Grant struct {
 	Mark Mark
 
 	State  GrantState
-	Reason string // why State is not live
+	Reason string    // why State is not live
+	Since  time.Time // when State began
 
 	Username string
 	Roles    []string // canonical, provider:claim/value, sorted
 
+	// LoginAt is when the login was made that the grant rests on; one that was
+	// made earlier is not stored over it, however late it is claimed.
+	LoginAt     time.Time
 	RefreshedAt time.Time
 	RefreshedBy HostID
 	// Expires is when the refresh token ends; zero: no end known.
@@ -61,5 +72,78 @@ type Lease struct {
 type Mark struct {
 	Attempt string    // who, unique
 	At      time.Time // when
-	Lost    bool      // the answer never came
+	Lost    bool      // an earlier attempt with the same token got no answer
+}
+
+// grantRecord is a Grant as it is sealed: the one form in which the refresh
+// token is written out. Its own Refresh hides the Grant's from encoding/json.
+type grantRecord struct {
+	Grant
+	Refresh string
+}
+
+func (r grantRecord) open() Grant {
+	g := r.Grant
+	g.Refresh = NewSecret(r.Refresh)
+	return g
+}
+
+// loadGrant returns ErrAbsent if there is none.
+func (b *Broker) loadGrant(ctx context.Context, k GrantKey) (Grant, error) {
+	var r grantRecord
+	_, err := b.vault.load(ctx, k.record(), &r)
+	return r.open(), err
+}
+
+// changeGrant is update for grants.
+func (b *Broker) changeGrant(ctx context.Context, k GrantKey, change func(g *Grant, exists bool) error) (Grant, error) {
+	r, err := update(ctx, &b.vault, k.record(), forever[grantRecord], func(r *grantRecord, exists bool) error {
+		g := r.open()
+		if err := change(&g, exists); err != nil {
+			return err
+		}
+		*r = grantRecord{Grant: g, Refresh: g.Refresh.Reveal()}
+		return nil
+	})
+	return r.open(), err
+}
+
+// usable says why no token can be had from g; nil: one can.
+func (g *Grant) usable(issuer string) error {
+	p := g.Key.Provider
+	switch {
+	case !g.Tombstone.IsZero():
+		return Errorf(Revoked, "your access to %s was ended by an administrator on %s", p, day(g.Tombstone))
+	case g.State == NeedsLogin:
+		return Errorf(LoginRequired, "your session at %s ended on %s (%s)", p, day(g.Since), g.Reason)
+	case g.Issuer != issuer:
+		// The token belongs to the old issuer and must not be sent to the new one.
+		return Errorf(LoginRequired, "%s has another issuer since you logged in", p)
+	}
+	return nil
+}
+
+// end takes g's rights away with a reason. What was decided before is void.
+func (g *Grant) end(state GrantState, reason string, now time.Time) {
+	g.State, g.Reason, g.Since = state, reason, now
+	g.Epoch = later(g.Epoch, now)
+	g.Lease, g.Mark = Lease{}, Mark{}
+}
+
+func day(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 MST") }
+
+// grantsKey is the set of all grants of the deployment.
+var grantsKey = Key{Kind: setGrants}
+
+// member is k in that set.
+func (k GrantKey) member() string {
+	m, _ := json.Marshal(k) // a struct of strings always marshals
+	return string(m)
+}
+
+// parseGrantKey is the inverse of member. What is no key names no record.
+func parseGrantKey(m string) GrantKey {
+	var k GrantKey
+	_ = json.Unmarshal([]byte(m), &k)
+	return k
 }

@@ -1,10 +1,15 @@
 package broker
 
-import "time"
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+)
 
 // A Rule says who may have which tokens. Every condition that is given must
 // hold; within one condition any of its values will do. The first rule that
-// covers a request answers it.
+// covers a request answers it; if none does, the answer is no.
 type Rule struct {
 	// Who. An empty list allows all.
 	Hubs    []HubID
@@ -14,9 +19,268 @@ type Rule struct {
 	Roles   []string // "value" or "claim/value" of Provider, or "provider:claim/value"
 
 	// What.
+	Provider  ProviderID
+	Audiences []string
+	Scopes    []string
+	MaxTTL    time.Duration // refuse longer tokens; 0: any
+	// Unverified allows tokens whose scopes, audience or end can't be read.
+	// What can be read must still lie inside the rule.
+	Unverified bool
+}
+
+// Facts is what a decision rests on besides the request.
+type Facts struct {
+	Server ServerKey
+	Image  string
+	Roles  []string // canonical, provider:claim/value
+}
+
+// A Decision is policy's answer: the most that the token may be.
+type Decision struct {
+	Rule       int // counted from 1
 	Provider   ProviderID
-	Audiences  []string
-	Scopes     []string
-	MaxTTL     time.Duration // refuse longer tokens; 0: any
-	Unverified bool          // allow tokens whose scopes, audience or end can't be read
+	Target     Target
+	MaxTTL     time.Duration
+	Unverified bool
+}
+
+// Decide answers want, whose Provider is set, for f. It is pure: the same three
+// inputs give the same answer. The errors are Denied, with what is missing, and
+// Invalid for a request without an audience where the rule has several.
+func Decide(rules []Rule, f Facts, want Want) (Decision, error) {
+	var missing *Rule
+	for i := range rules {
+		r := &rules[i]
+		if !r.meets(f) || !r.covers(want) {
+			continue
+		}
+		if !r.hasRole(f.Roles) {
+			if missing == nil {
+				missing = r
+			}
+			continue
+		}
+		audience, err := r.audience(want.Audience)
+		if err != nil {
+			return Decision{}, err
+		}
+		scopes := want.Scopes
+		if len(scopes) == 0 {
+			scopes = r.Scopes
+		}
+		return Decision{
+			Rule:       i + 1,
+			Provider:   r.Provider,
+			Target:     Target{Audience: audience, Scopes: sorted(scopes)},
+			MaxTTL:     r.MaxTTL,
+			Unverified: r.Unverified,
+		}, nil
+	}
+	return Decision{}, refusal(missing, f, want)
+}
+
+// meets is every condition of who but the role.
+func (r *Rule) meets(f Facts) bool {
+	return oneOf(r.Hubs, f.Server.Hub) && oneOf(r.Users, f.Server.User) &&
+		oneOf(r.Servers, f.Server.Server) &&
+		(len(r.Images) == 0 || slices.ContainsFunc(r.Images, func(p string) bool { return glob(p, f.Image) }))
+}
+
+func (r *Rule) covers(want Want) bool {
+	return r.Provider == want.Provider &&
+		(want.Audience == "" || slices.Contains(r.Audiences, want.Audience)) &&
+		subset(want.Scopes, r.Scopes)
+}
+
+func (r *Rule) hasRole(roles []string) bool {
+	return len(r.Roles) == 0 || slices.ContainsFunc(r.Roles, func(want string) bool {
+		return slices.ContainsFunc(roles, func(have string) bool { return r.names(want, have) })
+	})
+}
+
+// names says whether want, as written in the rule, means the canonical role
+// have. The value may hold any character, so it is compared, never split.
+func (r *Rule) names(want, have string) bool {
+	if want == have {
+		return true
+	}
+	own, ok := strings.CutPrefix(have, string(r.Provider)+":")
+	if !ok {
+		return false
+	}
+	_, value, _ := strings.Cut(own, "/")
+	return want == own || want == value
+}
+
+func (r *Rule) audience(want string) (string, error) {
+	switch {
+	case want != "":
+		return want, nil
+	case len(r.Audiences) > 1:
+		return "", Errorf(Invalid, "audience is empty, and there are several: %s", list(r.Audiences)).
+			Hint("name one of them as audience")
+	case len(r.Audiences) == 1:
+		return r.Audiences[0], nil
+	}
+	return "", nil
+}
+
+// refusal says what would have to be different.
+func refusal(r *Rule, f Facts, want Want) error {
+	what := fmt.Sprintf("a token for %s", want.Provider)
+	if want.Audience != "" {
+		what += fmt.Sprintf(" with audience %q", want.Audience)
+	}
+	if len(want.Scopes) > 0 {
+		what += " with scopes " + list(want.Scopes)
+	}
+	if r == nil {
+		return Errorf(Denied, "no rule gives you %s here", what)
+	}
+	return Errorf(Denied, "%s needs one of the roles %s; you have %s", what, list(r.Roles), list(ownRoles(r.Provider, f.Roles)))
+}
+
+// ownRoles shortens the roles of provider to how rules and people write them.
+func ownRoles(provider ProviderID, roles []string) []string {
+	var own []string
+	for _, role := range roles {
+		if s, ok := strings.CutPrefix(role, string(provider)+":"); ok {
+			_, s, _ = strings.Cut(s, "/")
+			role = s
+		}
+		own = append(own, role)
+	}
+	return sorted(own)
+}
+
+// target is what the provider is asked for: the decision, and the scopes
+// without which it does not grant the audience.
+func (d *Decision) target(info ProviderInfo) Target {
+	return Target{Audience: d.Target.Audience, Scopes: sorted(slices.Concat(d.Target.Scopes, info.Audiences[d.Target.Audience]))}
+}
+
+// holds says whether a token lies inside the decision. A provider may drop
+// scopes, ignore the audience or give more than was asked, all without a word,
+// so what it gave is read, never assumed.
+func (d *Decision) holds(info ProviderInfo, t *cachedToken) error {
+	asked := d.target(info)
+	if err := d.holdsScopes(info, asked, t); err != nil {
+		return err
+	}
+	if err := d.holdsAudience(info, t); err != nil {
+		return err
+	}
+	switch {
+	case t.Life == 0 && !d.Unverified:
+		return Errorf(Unsatisfiable, "%s does not say how long its token lives", d.Provider).Hint(askForUnverified)
+	case d.MaxTTL > 0 && t.Life > d.MaxTTL:
+		return Errorf(Unsatisfiable, "%s gives tokens of %s, and your rule allows %s at most", d.Provider, t.Life, d.MaxTTL).
+			Hint("ask {contact}: the client's token life at the provider, or the rule's max_ttl, must change")
+	}
+	return nil
+}
+
+const askForUnverified = "ask {contact}: only a rule with unverified: true allows such tokens"
+
+func (d *Decision) holdsScopes(info ProviderInfo, asked Target, t *cachedToken) error {
+	if !t.ScopesKnown {
+		if d.Unverified {
+			return nil
+		}
+		return Errorf(Unsatisfiable, "the scopes of %s's token can't be read", d.Provider).Hint(askForUnverified)
+	}
+	for _, s := range t.Scopes {
+		if !slices.Contains(asked.Scopes, s) && !slices.Contains(info.ImpliedScopes, s) {
+			return Errorf(Unsatisfiable, "%s adds the scope %q, which you did not ask for", d.Provider, s).
+				Hint("ask {contact}: the scope must be optional at the provider, or be in the rule")
+		}
+	}
+	for _, s := range asked.Scopes {
+		if !slices.Contains(t.Scopes, s) {
+			return Errorf(Unsatisfiable, "%s does not grant the scope %q; it grants %s", d.Provider, s, list(t.Scopes))
+		}
+	}
+	return nil
+}
+
+// holdsAudience wants the audience that was decided and no other. Where none
+// was decided, a token for the client itself is not wider than none.
+func (d *Decision) holdsAudience(info ProviderInfo, t *cachedToken) error {
+	if !t.AudienceKnown {
+		if d.Unverified {
+			return nil
+		}
+		return Errorf(Unsatisfiable, "the audience of %s's token can't be read", d.Provider).Hint(askForUnverified)
+	}
+	want := d.Target.Audience
+	if want != "" && !slices.Contains(t.Audience, want) {
+		return Errorf(Unsatisfiable, "%s does not give a token for audience %q", d.Provider, want)
+	}
+	for _, a := range t.Audience {
+		if a != want && (want != "" || a != info.ClientID) {
+			return Errorf(Unsatisfiable, "%s's token is also for audience %q, which your rule does not allow", d.Provider, a).
+				Hint("ask {contact}: the rule must name that audience, or the provider must not add it")
+		}
+	}
+	return nil
+}
+
+// offered says whether any rule is about f at provider, whatever its roles.
+func offered(rules []Rule, f Facts, provider ProviderID) bool {
+	return slices.ContainsFunc(rules, func(r Rule) bool { return r.Provider == provider && r.meets(f) })
+}
+
+// offers sums up what the rules give f at provider: for ListProviders.
+func offers(rules []Rule, f Facts, provider ProviderID) (audiences, scopes []string) {
+	for i := range rules {
+		r := &rules[i]
+		if r.Provider == provider && r.meets(f) && r.hasRole(f.Roles) {
+			audiences = append(audiences, r.Audiences...)
+			scopes = append(scopes, r.Scopes...)
+		}
+	}
+	return sorted(audiences), sorted(scopes)
+}
+
+// glob matches s against a pattern in which * stands for any text.
+func glob(pattern, s string) bool {
+	parts := strings.Split(pattern, "*")
+	if len(parts) == 1 {
+		return pattern == s
+	}
+	s, ok := strings.CutPrefix(s, parts[0])
+	if !ok {
+		return false
+	}
+	last := parts[len(parts)-1]
+	for _, part := range parts[1 : len(parts)-1] {
+		_, s, ok = strings.Cut(s, part)
+		if !ok {
+			return false
+		}
+	}
+	return strings.HasSuffix(s, last)
+}
+
+func oneOf[T comparable](allowed []T, v T) bool {
+	return len(allowed) == 0 || slices.Contains(allowed, v)
+}
+
+func subset(some, all []string) bool {
+	return !slices.ContainsFunc(some, func(s string) bool { return !slices.Contains(all, s) })
+}
+
+// sorted returns a sorted copy without repetitions.
+func sorted(list []string) []string {
+	c := slices.Clone(list)
+	slices.Sort(c)
+	return slices.Compact(c)
+}
+
+// list writes names for people.
+func list(names []string) string {
+	if len(names) == 0 {
+		return "none"
+	}
+	return strings.Join(names, ", ")
 }

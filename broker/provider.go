@@ -120,7 +120,8 @@ type Issued struct {
 type ProviderClass string
 
 const (
-	// Dead: the refresh token will never work again.
+	// Dead: what was sent will never work again: the code, the refresh token, or
+	// at Exchange the access token, which says nothing of the grant.
 	Dead ProviderClass = "dead"
 	// Disabled: the account is switched off; the same token may work later.
 	Disabled ProviderClass = "disabled"

@@ -1,13 +1,20 @@
 package broker
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
 	"time"
 )
 
 // A Registration is a hub's statement that a server runs on this host for a
 // user. It is made before the container starts (reserved), is then bound to
-// the one container that Docker and the kernel confirm, and ends as stopped.
+// the one container that Docker and the kernel confirm, and is stopped while
+// that container is down. The hub's Unregister removes it.
 type Registration struct {
 	Key        ServerKey
 	Host       HostID
@@ -31,7 +38,7 @@ type RegistrationState string
 const (
 	Reserved RegistrationState = "reserved" // the hub has announced it
 	Bound    RegistrationState = "bound"    // its container is known and lives
-	Stopped  RegistrationState = "stopped"  // its container has ended
+	Stopped  RegistrationState = "stopped"  // its container has ended; it may start again
 )
 
 // RegisterRequest is what a hub says of a server that is about to start.
@@ -55,15 +62,280 @@ type Registered struct {
 	Ref        string
 }
 
-// Register reserves a place for a server.
-func (b *Broker) Register(ctx context.Context, hub HubID, r RegisterRequest) (Registered, error) {
-	panic("wip")
+// A server is a registration with what it is bound to, as of one moment. It is
+// immutable; the registry replaces it as a whole.
+type server struct {
+	Registration
+	workload *Workload // nil unless State is Bound
+	refused  error     // Docker's or the kernel's no; asked again after a hint only
 }
 
-// Unregister ends a server's registration; see hub.proto. ref is empty if there was nothing to do.
-func (b *Broker) Unregister(ctx context.Context, hub HubID, user UserID, server ServerName, generation int64) (ref string, err error) {
-	panic("wip")
+// servers are this host's registrations.
+type servers struct {
+	mu  sync.Mutex // guards the map
+	all map[ServerKey]*server
+}
+
+func (r *servers) get(k ServerKey) *server {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.all[k]
+}
+
+func (r *servers) current(s *server) bool { return s != nil && r.get(s.Key) == s }
+
+// replace puts s in old's place. It reports false, and does nothing, if old is
+// not there any more.
+func (r *servers) replace(old, s *server) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.all[s.Key] != old {
+		return false
+	}
+	r.all[s.Key] = s
+	return true
+}
+
+func (r *servers) put(s *server) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.all == nil {
+		r.all = make(map[ServerKey]*server)
+	}
+	r.all[s.Key] = s
+}
+
+func (r *servers) remove(k ServerKey) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.all, k)
+}
+
+func (r *servers) list() []*server {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	list := make([]*server, 0, len(r.all))
+	for _, s := range r.all {
+		list = append(list, s)
+	}
+	slices.SortFunc(list, func(a, b *server) int {
+		return cmp.Or(cmp.Compare(a.Key.Hub, b.Key.Hub), cmp.Compare(a.Key.User, b.Key.User), cmp.Compare(a.Key.Server, b.Key.Server))
+	})
+	return list
+}
+
+// find returns a server for which is holds, or nil.
+func (r *servers) find(is func(*server) bool) *server {
+	list := r.list()
+	if i := slices.IndexFunc(list, is); i >= 0 {
+		return list[i]
+	}
+	return nil
 }
 
 // Registrations lists this host's registrations, sorted.
-func (b *Broker) Registrations() []Registration { panic("wip") }
+func (b *Broker) Registrations() []Registration {
+	var list []Registration
+	for _, s := range b.servers.list() {
+		list = append(list, s.Registration)
+	}
+	return list
+}
+
+// Register reserves a place for a server: its directory and socket are there
+// when it returns.
+func (b *Broker) Register(ctx context.Context, hub HubID, r RegisterRequest) (Registered, error) {
+	e := b.entry("register", nil)
+	e.Hub, e.User, e.Server = hub, r.User, r.Server
+	got, err := b.register(ctx, hub, r)
+	if err := b.record(ctx, e, err); err != nil {
+		return Registered{}, err
+	}
+	got.Ref = e.Ref
+	return got, nil
+}
+
+func (b *Broker) register(ctx context.Context, hub HubID, r RegisterRequest) (Registered, error) {
+	k := ServerKey{hub, r.User, r.Server}
+	directory, err := b.checkRegister(k, &r)
+	if err != nil {
+		return Registered{}, err
+	}
+	leave, err := b.serverTurns.take(ctx, k)
+	if err != nil {
+		return Registered{}, err
+	}
+	defer leave()
+	if err := b.sameUID(k, r.UID); err != nil {
+		return Registered{}, err
+	}
+	state, err := b.grantFor(ctx, hub, r)
+	if err != nil {
+		return Registered{}, err
+	}
+	s, err := b.reserve(ctx, k, r, directory)
+	if err != nil {
+		return Registered{}, err
+	}
+	return Registered{Directory: directory, Helper: b.cfg.Helper, Grant: state, Generation: s.Generation}, nil
+}
+
+func (b *Broker) checkRegister(k ServerKey, r *RegisterRequest) (directory string, err error) {
+	if r.Provider == "" {
+		r.Provider = b.cfg.Hubs[k.Hub].Login
+	}
+	_, err = b.provider(r.Provider)
+	err = cmp.Or(checkUser(k.User), checkName("server", string(k.Server)), checkName("container_name", r.ContainerName), err)
+	if err != nil {
+		return "", err
+	}
+	if directory, err = b.cfg.Sockets.Directory(k); err != nil {
+		return "", Errorf(Invalid, "the server's socket can't be made: %s", err).Hint("tell {contact}")
+	}
+	return directory, nil
+}
+
+func checkUser(u UserID) error {
+	if u == "" {
+		return Errorf(Invalid, "user is empty")
+	}
+	return checkName("user", string(u))
+}
+
+// sameUID refuses a uid that another live server runs as: with process
+// attestation the uid is all that tells two servers apart.
+func (b *Broker) sameUID(k ServerKey, uid *uint32) error {
+	if uid == nil {
+		return nil
+	}
+	other := b.servers.find(func(s *server) bool { return s.Key != k && s.UID != nil && *s.UID == *uid })
+	if other == nil {
+		return nil
+	}
+	return Errorf(Invalid, "uid %d already runs the %s", *uid, other.Key).Hint("stop that server first; process attestation tells servers apart by their uid")
+}
+
+// grantFor says what the user has at the provider, after linking what the handle
+// stands for.
+func (b *Broker) grantFor(ctx context.Context, hub HubID, r RegisterRequest) (GrantState, error) {
+	if !r.Handle.IsZero() {
+		_, err := b.claim(ctx, hub, r.Provider, r.Handle, r.User)
+		if err != nil && !errors.Is(err, ErrLoginRequired) && !errors.Is(err, ErrProviderDown) {
+			return NoGrant, err
+		}
+	}
+	v, err := b.match(ctx, hub, r.User)
+	if err != nil {
+		return NoGrant, err
+	}
+	g, err := v.grant(r.Provider)
+	if err == nil && !g.Tombstone.IsZero() {
+		return Disconnected, g.usable(g.Issuer)
+	}
+	if err == nil {
+		err = g.usable(g.Issuer)
+	}
+	if err != nil && r.RequireGrant {
+		return NoGrant, err
+	}
+	return v.state(r.Provider), nil
+}
+
+// reserve writes the registration, opens its socket and makes it known, in that
+// order: what is known has a socket, and what has a socket is in the store.
+func (b *Broker) reserve(ctx context.Context, k ServerKey, r RegisterRequest, directory string) (*server, error) {
+	reg, err := b.changeRegistration(ctx, k, func(reg *Registration, _ bool) error {
+		*reg = Registration{
+			Key: k, Host: b.cfg.Host, Generation: later(reg.Generation, b.pulse.now()), State: Reserved,
+			ContainerName: r.ContainerName, UID: r.UID, Groups: r.Groups, Directory: directory,
+			Container: reg.Container, Changed: b.pulse.now(),
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := b.cfg.Store.Add(ctx, b.registrationsKey(), k.member()); err != nil {
+		return nil, storeError(err, b.registrationsKey())
+	}
+	if err := b.cfg.Sockets.Open(k); err != nil {
+		return nil, fmt.Errorf("open socket of %s: %w", k, err)
+	}
+	s := &server{Registration: reg}
+	b.servers.put(s)
+	return s, nil
+}
+
+// Unregister ends a server's registration; see hub.proto. ref is empty if there
+// was nothing to do.
+func (b *Broker) Unregister(ctx context.Context, hub HubID, user UserID, name ServerName, generation int64) (ref string, err error) {
+	k := ServerKey{hub, user, name}
+	leave, err := b.serverTurns.take(ctx, k)
+	if err != nil {
+		return "", err
+	}
+	defer leave()
+	s := b.servers.get(k)
+	if s == nil || generation != 0 && generation != s.Generation {
+		return "", nil
+	}
+	e := b.serverEntry("unregister", s)
+	err = b.unregister(ctx, s)
+	if err := b.record(ctx, e, err); err != nil {
+		return "", err
+	}
+	return e.Ref, nil
+}
+
+// unregister stops serving first and forgets afterwards; if it fails half-way
+// the hub's next word, or the next start, finishes it.
+func (b *Broker) unregister(ctx context.Context, s *server) error {
+	b.servers.remove(s.Key)
+	if err := b.cfg.Sockets.Close(s.Key); err != nil {
+		return fmt.Errorf("close socket of %s: %w", s.Key, err)
+	}
+	if err := b.deleteRegistration(ctx, s.Registration); err != nil {
+		return err
+	}
+	k := userKey{s.Key.Hub, s.Key.User}
+	if b.servers.find(func(o *server) bool { return o.Key.Hub == k.hub && o.Key.User == k.user }) == nil {
+		b.views.drop(k)
+	}
+	return nil
+}
+
+func (b *Broker) deleteRegistration(ctx context.Context, r Registration) error {
+	rk := b.registrationKey(r.Key)
+	var stored Registration
+	was, err := b.vault.load(ctx, rk, &stored)
+	switch {
+	case errors.Is(err, ErrAbsent):
+	case err != nil:
+		return err
+	case stored.Generation != r.Generation:
+		return nil
+	default:
+		if err := b.cfg.Store.Delete(ctx, rk, was); err != nil && !errors.Is(err, ErrStale) {
+			return storeError(err, rk)
+		}
+	}
+	return storeError(b.cfg.Store.Remove(ctx, b.registrationsKey(), r.Key.member()), rk)
+}
+
+func (b *Broker) registrationKey(k ServerKey) Key {
+	return Key{Kind: kindRegistration, Parts: []string{string(k.Hub), string(b.cfg.Host), string(k.User), string(k.Server)}}
+}
+
+func (b *Broker) registrationsKey() Key {
+	return Key{Kind: setRegistrations, Parts: []string{string(b.cfg.Host)}}
+}
+
+// member is k in the set of registrations.
+func (k ServerKey) member() string {
+	m, _ := json.Marshal(k) // a struct of strings always marshals
+	return string(m)
+}
+
+func (b *Broker) changeRegistration(ctx context.Context, k ServerKey, change func(*Registration, bool) error) (Registration, error) {
+	return update(ctx, &b.vault, b.registrationKey(k), forever[Registration], change)
+}

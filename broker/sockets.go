@@ -16,9 +16,7 @@ type Sockets interface {
 	Open(k ServerKey) error
 
 	// Close stops listening and ends the connections of k. The directory
-	// stays. Closing what is not open is no error.
+	// stays: a kept container mounts its inode, not its name. Closing what is
+	// not open is no error.
 	Close(k ServerKey) error
-
-	// Remove closes k and removes its directory.
-	Remove(k ServerKey) error
 }

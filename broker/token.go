@@ -2,6 +2,10 @@ package broker
 
 import (
 	"context"
+	"encoding/hex"
+	"errors"
+	"slices"
+	"strings"
 	"time"
 )
 
@@ -35,10 +39,292 @@ type ProviderStatus struct {
 	Scopes    []string
 }
 
-// Token answers one request of a container.
-func (b *Broker) Token(ctx context.Context, p *Peer, want Want) (Token, error) { panic("wip") }
+// Token answers one request of a container. It is the straight line: attest,
+// match, decide, cache, refresh, narrow, confirm, record.
+func (b *Broker) Token(ctx context.Context, p *Peer, want Want) (Token, error) {
+	e := b.entry("token", p)
+	e.Audience, e.Scopes = want.Audience, want.Scopes
+	a, err := b.answer(ctx, p, want, e)
+	if err := b.record(ctx, e, err); err != nil {
+		return Token{}, err
+	}
+	// The record may have taken longer than what was confirmed before it holds.
+	if ok, err := b.stands(ctx, a); err != nil || !ok {
+		return Token{}, b.record(ctx, e, Errorf(Unavailable, "your rights changed while the answer was recorded").Because(err))
+	}
+	now := b.pulse.now()
+	return Token{
+		Access: a.token.Access, Type: a.token.Type, Provider: a.decision.Provider,
+		Audience: a.decision.Target.Audience, Scopes: a.token.Scopes,
+		ExpiresAt: a.token.ExpiresAt, ExpiresIn: a.token.ExpiresAt.Sub(now), Ref: e.Ref,
+	}, nil
+}
+
+// An answer is a token and what it rests on.
+type answer struct {
+	server   *server
+	view     *view
+	decision Decision
+	token    cachedToken
+}
+
+// answer walks the line until what it found still stands at its end. Rights
+// that move that often within one request are an alarm, not a reason to go on.
+func (b *Broker) answer(ctx context.Context, p *Peer, want Want, e *Entry) (answer, error) {
+	if err := b.complete(p.Server.Hub, &want); err != nil {
+		return answer{}, err
+	}
+	e.Provider = want.Provider
+	for range 5 {
+		a, err := b.once(ctx, p, want, e)
+		if errors.Is(err, errMoved) {
+			continue
+		}
+		if err != nil {
+			return a, err
+		}
+		if ok, err := b.stands(ctx, a); err != nil || ok {
+			return a, err
+		}
+	}
+	return answer{}, Errorf(Unavailable, "your rights are being changed at this moment")
+}
+
+func (b *Broker) once(ctx context.Context, p *Peer, want Want, e *Entry) (a answer, err error) {
+	if a.server, err = b.attest(ctx, p); err != nil {
+		return a, err
+	}
+	w := a.server.workload
+	e.Container, e.Level, e.Posture = w.Container, w.Level, w.Posture
+	if a.view, err = b.match(ctx, p.Server.Hub, p.Server.User); err != nil {
+		return a, err
+	}
+	f := a.view.facts(p.Server, w, want.Provider)
+	g, err := a.view.grant(want.Provider)
+	if err != nil && offered(b.cfg.Rules, f, want.Provider) {
+		return a, err // before policy, which would miss the roles a login brings
+	}
+	if a.decision, err = Decide(b.cfg.Rules, f, want); err != nil {
+		return a, err
+	}
+	e.Rule, e.Audience, e.Scopes = a.decision.Rule, a.decision.Target.Audience, a.decision.Target.Scopes
+	e.Sub, e.Epoch = g.Key.Sub, g.Epoch
+	if a.token, e.Cached, err = b.obtain(ctx, g, a.decision, want); err != nil {
+		return a, err
+	}
+	e.Token, e.ExpiresAt = a.token.Print, &a.token.ExpiresAt
+	return a, nil
+}
+
+// stands reports whether what a rests on is still so: the server runs as it was
+// attested, and nobody's rights moved since they were read. What says so is no
+// older than confirmLease.
+func (b *Broker) stands(ctx context.Context, a answer) (bool, error) {
+	rev, err := b.pulse.revision(ctx)
+	return rev == a.view.revision && b.servers.current(a.server), err
+}
+
+// obtain returns a token of g that lies inside d: a cached one if it will do.
+func (b *Broker) obtain(ctx context.Context, g Grant, d Decision, want Want) (t cachedToken, cached bool, err error) {
+	p, err := b.provider(d.Provider)
+	if err != nil {
+		return t, false, err
+	}
+	info := p.Info()
+	if err := g.usable(info.Issuer); err != nil {
+		return t, false, err
+	}
+	now := b.pulse.now()
+	good := func(t *cachedToken) bool {
+		return t.Epoch == g.Epoch && t.lasts(now, want.MinTTL) && !t.refused(want.Rejected, now)
+	}
+	k := newTokenKey(g.Key, d.Target)
+	t, cached = b.recall(ctx, k, good)
+	if !cached {
+		t, err = b.fetch(ctx, p, g, d, good)
+	}
+	if errors.Is(err, ErrProviderDown) {
+		// The provider's trouble need not be the user's while a token lives.
+		old, ok := b.recall(ctx, k, func(t *cachedToken) bool { return t.Epoch == g.Epoch && t.valid(now) })
+		if ok {
+			t, cached, err = old, true, nil
+		}
+	}
+	if err == nil {
+		err = d.holds(info, &t)
+	}
+	return t, cached, err
+}
+
+// fetch gets a new token the way the provider narrows.
+func (b *Broker) fetch(ctx context.Context, p Provider, g Grant, d Decision, good func(*cachedToken) bool) (cachedToken, error) {
+	info := p.Info()
+	check := func(t *cachedToken) error { return d.holds(info, t) }
+	switch info.Narrowing {
+	case ByExchange:
+		return b.exchange(ctx, p, g, d, good)
+	case ByScope:
+		return b.renew(ctx, errand{g.Key, d.Target, d.target(info).Scopes, good, check})
+	default:
+		return b.whole(ctx, g.Key, good)
+	}
+}
+
+// whole returns the token of the whole grant. The hub gets it, and exchanges
+// start from it; a container gets it only where the provider can't narrow.
+func (b *Broker) whole(ctx context.Context, k GrantKey, good func(*cachedToken) bool) (cachedToken, error) {
+	if t, ok := b.recall(ctx, newTokenKey(k, Target{}), good); ok {
+		return t, nil
+	}
+	return b.renew(ctx, errand{grant: k, good: good})
+}
+
+// exchange narrows the whole grant's token (RFC 8693), once for all who ask for
+// the same at the same time.
+func (b *Broker) exchange(ctx context.Context, p Provider, g Grant, d Decision, good func(*cachedToken) bool) (cachedToken, error) {
+	k := newTokenKey(g.Key, d.Target)
+	t, err := b.exchanges.do(ctx, k, func(ctx context.Context) (cachedToken, error) {
+		if t, ok := b.recall(ctx, k, good); ok {
+			return t, nil
+		}
+		return b.narrow(ctx, p, g, d)
+	})
+	return t, notYet(ctx, d.Provider, err)
+}
+
+// narrow exchanges once; if the provider refuses the token it starts from, whose
+// session may have been renewed since, once more from a new one.
+func (b *Broker) narrow(ctx context.Context, p Provider, g Grant, d Decision) (cachedToken, error) {
+	now := b.pulse.now()
+	whole, err := b.whole(ctx, g.Key, func(t *cachedToken) bool { return t.Epoch == g.Epoch && t.lasts(now, 0) })
+	if err != nil {
+		return whole, err
+	}
+	t, err := b.exchangeFrom(ctx, p, g, d, whole)
+	var pe *ProviderError
+	if !errors.As(err, &pe) || pe.Class != Dead {
+		return t, err
+	}
+	whole, err = b.renew(ctx, errand{grant: g.Key, good: func(t *cachedToken) bool {
+		return t.Epoch == g.Epoch && t.Print != whole.Print && t.valid(now)
+	}})
+	if err != nil {
+		return whole, err
+	}
+	t, err = b.exchangeFrom(ctx, p, g, d, whole)
+	if errors.As(err, &pe) && pe.Class == Dead {
+		err = Errorf(ProviderDown, "%s does not take the token back that it has just given", d.Provider).Because(pe)
+	}
+	return t, err
+}
+
+func (b *Broker) exchangeFrom(ctx context.Context, p Provider, g Grant, d Decision, whole cachedToken) (cachedToken, error) {
+	if whole.Epoch != g.Epoch {
+		return whole, errMoved // the refresh brought other roles: decide again
+	}
+	info := p.Info()
+	iss, err := p.Exchange(ctx, whole.Access, d.target(info))
+	if err != nil {
+		var pe *ProviderError
+		if errors.As(err, &pe) {
+			return cachedToken{}, told(d.Provider, pe)
+		}
+		return cachedToken{}, told(d.Provider, &ProviderError{Class: TryLater, Err: err})
+	}
+	t := newCachedToken(iss, g.Epoch, b.pulse.now())
+	if err := d.holds(info, &t); err != nil {
+		return t, err
+	}
+	if err := b.outstanding(ctx, g, t); err != nil {
+		return t, err
+	}
+	b.keep(ctx, newTokenKey(g.Key, d.Target), t)
+	return t, nil
+}
+
+// outstanding raises the grant's OutstandingUntil before t leaves, so that a
+// later disconnect can say how long t may still work.
+func (b *Broker) outstanding(ctx context.Context, g Grant, t cachedToken) error {
+	_, err := b.changeGrant(ctx, g.Key, func(now *Grant, exists bool) error {
+		switch {
+		case !exists || now.Epoch != g.Epoch:
+			return errMoved
+		case !t.outstandingUntil().After(now.OutstandingUntil):
+			return errKeep
+		}
+		now.OutstandingUntil = t.outstandingUntil()
+		return nil
+	})
+	return err
+}
 
 // Providers lists what the container could ask for.
 func (b *Broker) Providers(ctx context.Context, p *Peer) (list []ProviderStatus, ref string, err error) {
-	panic("wip")
+	e := b.entry("providers", p)
+	list, err = b.providersOf(ctx, p, e)
+	if err := b.record(ctx, e, err); err != nil {
+		return nil, "", err
+	}
+	return list, e.Ref, nil
+}
+
+func (b *Broker) providersOf(ctx context.Context, p *Peer, e *Entry) ([]ProviderStatus, error) {
+	s, err := b.attest(ctx, p)
+	if err != nil {
+		return nil, err
+	}
+	e.Container, e.Level = s.workload.Container, s.workload.Level
+	v, err := b.match(ctx, p.Server.Hub, p.Server.User)
+	if err != nil {
+		return nil, err
+	}
+	var all []ProviderStatus
+	for _, id := range b.providerNames() {
+		f := v.facts(p.Server, s.workload, id)
+		if !offered(b.cfg.Rules, f, id) {
+			continue
+		}
+		audiences, scopes := offers(b.cfg.Rules, f, id)
+		all = append(all, ProviderStatus{
+			Name: id, Login: id == b.cfg.Hubs[p.Server.Hub].Login,
+			State: v.state(id), Audiences: audiences, Scopes: scopes,
+		})
+	}
+	return all, nil
+}
+
+// complete fills in the provider and checks the rest.
+func (b *Broker) complete(hub HubID, w *Want) error {
+	if w.Provider == "" {
+		w.Provider = b.cfg.Hubs[hub].Login
+	}
+	if _, err := b.provider(w.Provider); err != nil {
+		return err
+	}
+	if err := checkName("audience", w.Audience); err != nil {
+		return err
+	}
+	if len(w.Scopes) > 64 {
+		return Errorf(Invalid, "scopes holds more than 64 scopes")
+	}
+	for _, s := range w.Scopes {
+		if !isScopeToken(s) {
+			return Errorf(Invalid, "scopes: %q is not a scope", s).Hint("a scope is printable ASCII without space, quote and backslash (RFC 6749, section 3.3)")
+		}
+	}
+	w.Scopes = sorted(w.Scopes)
+	if w.MinTTL < 0 || w.MinTTL > 24*time.Hour {
+		return Errorf(Invalid, "min_ttl is not between 0 and 24 hours")
+	}
+	if d, err := hex.DecodeString(w.Rejected); err != nil || len(d) != 0 && len(d) != 32 || w.Rejected != strings.ToLower(w.Rejected) {
+		return Errorf(Invalid, "rejected_sha256 is not a SHA-256 in lower-case hex")
+	}
+	return nil
+}
+
+// isScopeToken is scope-token of RFC 6749, section 3.3.
+func isScopeToken(s string) bool {
+	return s != "" && len(s) <= maxName && !slices.ContainsFunc([]byte(s), func(c byte) bool {
+		return c < 0x21 || c > 0x7e || c == '"' || c == '\\'
+	})
 }

@@ -1,0 +1,250 @@
+package broker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+)
+
+// bindGap is how long a server that asks before its container is known waits
+// until Docker is asked again. Hints from Docker don't wait.
+const bindGap = 200 * time.Millisecond
+
+// attest returns the server that p may speak for. It asks the kernel about p
+// once per connection and workload, and whether p still lives each time.
+func (b *Broker) attest(ctx context.Context, p *Peer) (*server, error) {
+	s := b.servers.get(p.Server)
+	if s == nil {
+		return nil, Errorf(UnknownPeer, "this server is not registered with the token broker").
+			Hint("stop and start the server from the hub")
+	}
+	if s.workload == nil {
+		var err error
+		if s, err = b.bound(ctx, s); err != nil {
+			return nil, err
+		}
+	}
+	if p.attested.Load() != s.workload {
+		if err := b.cfg.Attestor.Attest(p, s.workload); err != nil {
+			return nil, err
+		}
+		p.attested.Store(s.workload)
+		return s, nil
+	}
+	return s, b.cfg.Attestor.Alive(p)
+}
+
+// bound is bind for a caller who waits.
+func (b *Broker) bound(ctx context.Context, s *server) (*server, error) {
+	if s.refused != nil {
+		return nil, s.refused
+	}
+	return b.binds.do(ctx, s.Key, func(ctx context.Context) (*server, error) {
+		s, err := b.bind(ctx, s.Key)
+		if errors.Is(err, ErrPending) {
+			pause(ctx, bindGap) // those who ask meanwhile share this answer
+		}
+		return s, err
+	})
+}
+
+// bind looks for the workload of the server at k and, if it is there, binds the
+// two. A bound server whose workload lives is left alone.
+func (b *Broker) bind(ctx context.Context, k ServerKey) (*server, error) {
+	leave, err := b.bindTurns.take(ctx, k)
+	if err != nil {
+		return nil, err
+	}
+	defer leave()
+	s := b.servers.get(k)
+	switch {
+	case s == nil:
+		return nil, Errorf(UnknownPeer, "this server is not registered with the token broker")
+	case s.workload != nil && !ended(s.workload):
+		return s, nil
+	}
+	w, err := b.cfg.Attestor.Bind(ctx, s.Registration)
+	if err == nil {
+		err = b.onlyOne(k, w)
+	}
+	if err != nil {
+		return nil, b.notBound(ctx, s, err)
+	}
+	next := &server{Registration: s.Registration, workload: w}
+	next.State, next.Container, next.Level, next.Reason = Bound, w.Container, w.Level, ""
+	return next, b.nowBound(ctx, s, next)
+}
+
+// onlyOne refuses a container that another server is bound to: then one of the
+// two hubs, or somebody with Docker's socket, is playing tricks.
+func (b *Broker) onlyOne(k ServerKey, w *Workload) error {
+	if w.Container == "" {
+		return nil
+	}
+	other := b.servers.find(func(s *server) bool { return s.Key != k && s.State == Bound && s.Container == w.Container })
+	if other == nil {
+		return nil
+	}
+	return Errorf(Denied, "the container %s is already bound to the %s", w.Name, other.Key)
+}
+
+// nowBound records the bind, makes it known and waits for its end.
+func (b *Broker) nowBound(ctx context.Context, old, next *server) error {
+	next.Changed = b.pulse.now()
+	e := b.serverEntry("bind", next)
+	e.Posture = next.workload.Posture
+	if err := b.record(ctx, e, nil); err != nil {
+		return err
+	}
+	if !b.servers.replace(old, next) {
+		return Errorf(Pending, "the server was registered anew meanwhile")
+	}
+	b.storeState(ctx, next)
+	if next.workload.Done != nil {
+		b.work.Go(func() { b.untilEnd(next) })
+	}
+	return nil
+}
+
+// notBound keeps why a server could not be bound, and records it once: a caller
+// in a loop asks again and again.
+func (b *Broker) notBound(ctx context.Context, s *server, err error) error {
+	why := reason(err)
+	if errors.Is(err, ErrPending) || why == s.Reason {
+		return err
+	}
+	next := &server{Registration: s.Registration}
+	next.Reason, next.Changed = why, b.pulse.now()
+	if next.State == Bound {
+		next.State = Stopped
+	}
+	if errors.Is(err, ErrDenied) {
+		next.refused = err // a no, not trouble: it stands until Docker says that something happened
+	}
+	if b.servers.replace(s, next) {
+		b.storeState(ctx, next)
+	}
+	return b.record(ctx, b.serverEntry("bind", next), err)
+}
+
+// serverEntry begins the record of something that happened to s.
+func (b *Broker) serverEntry(action string, s *server) *Entry {
+	e := b.entry(action, nil)
+	e.Hub, e.User, e.Server, e.Container, e.Level = s.Key.Hub, s.Key.User, s.Key.Server, s.Container, s.Level
+	return e
+}
+
+// storeState writes what others see of a server. The registration's own facts
+// are in the store already, so trouble is logged and no more.
+func (b *Broker) storeState(ctx context.Context, s *server) {
+	_, err := b.changeRegistration(ctx, s.Key, func(r *Registration, exists bool) error {
+		if !exists || r.Generation != s.Generation {
+			return errKeep
+		}
+		*r = s.Registration
+		return nil
+	})
+	if err != nil {
+		b.cfg.Log.Warn("a registration's state could not be stored", "server", s.Key, "state", s.State, "err", err)
+	}
+}
+
+// untilEnd waits for the end of s's workload and marks s as stopped. The same
+// container may be running again by then, so it looks once more.
+func (b *Broker) untilEnd(s *server) {
+	select {
+	case <-s.workload.Done:
+	case <-b.closing:
+		return
+	}
+	next := &server{Registration: s.Registration}
+	next.State, next.Changed = Stopped, b.pulse.now()
+	if !b.servers.replace(s, next) {
+		return
+	}
+	ctx := context.Background()
+	_ = b.record(ctx, b.serverEntry("stopped", s), nil) // nothing is answered for it; record has logged why
+	b.storeState(ctx, next)
+	b.hint(s.ContainerName)
+}
+
+func ended(w *Workload) bool {
+	select {
+	case <-w.Done:
+		return true
+	default:
+		return false // also if nobody watches
+	}
+}
+
+// hint looks at the servers whose container is called name; an empty name means
+// all of them.
+func (b *Broker) hint(name string) {
+	for _, s := range b.servers.list() {
+		if name != "" && s.ContainerName != name {
+			continue
+		}
+		select {
+		case <-b.closing:
+			return
+		default:
+		}
+		b.work.Go(func() {
+			b.slots <- struct{}{}
+			defer func() { <-b.slots }()
+			_, err := b.bind(context.Background(), s.Key)
+			if err != nil && !errors.Is(err, ErrPending) {
+				b.cfg.Log.Warn("a server is not bound", "server", s.Key, "container", s.ContainerName, "err", err)
+			}
+		})
+	}
+}
+
+// restore brings this host's registrations back from the store and opens their
+// sockets. A registration that can't be read is named and left where it is.
+func (b *Broker) restore(ctx context.Context) error {
+	members, err := b.cfg.Store.Members(ctx, b.registrationsKey())
+	if err != nil {
+		return storeError(err, b.registrationsKey())
+	}
+	for _, m := range members {
+		var k ServerKey
+		if err := json.Unmarshal([]byte(m), &k); err != nil {
+			b.cfg.Log.Error("an entry in the list of registrations can't be read", "err", err)
+			continue
+		}
+		if err := b.restoreOne(ctx, k); err != nil {
+			b.cfg.Log.Error("a registration can't be restored; stop and start the server from the hub", "server", k, "err", err)
+		}
+	}
+	return nil
+}
+
+func (b *Broker) restoreOne(ctx context.Context, k ServerKey) error {
+	var r Registration
+	if _, err := b.vault.load(ctx, b.registrationKey(k), &r); err != nil {
+		return err
+	}
+	if _, ok := b.cfg.Hubs[k.Hub]; !ok {
+		return fmt.Errorf("hub %q is not in the configuration any more", k.Hub)
+	}
+	if err := b.cfg.Sockets.Open(k); err != nil {
+		return fmt.Errorf("open socket: %w", err)
+	}
+	if r.State == Bound {
+		r.State = Stopped // until it is bound again
+	}
+	b.servers.put(&server{Registration: r})
+	return nil
+}
+
+// reason is what an operator reads in a list: the sentence where there is one.
+func reason(err error) string {
+	var e *Error
+	if errors.As(err, &e) {
+		return e.Sentence
+	}
+	return err.Error()
+}

@@ -1,0 +1,222 @@
+package brokertest
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"tokenbroker/broker"
+)
+
+var _ broker.Provider = (*Provider)(nil)
+
+// A Provider is a strict provider in memory: it rotates the refresh token with
+// each use and takes a second use for theft, which ends the session. It has one
+// session per subject; the code of a login is the subject's name.
+//
+// It reads the time from time.Now, so it works inside a synctest bubble.
+type Provider struct {
+	mu       sync.Mutex // guards all below
+	info     broker.ProviderInfo
+	life     time.Duration
+	sessions map[string]*session // by subject
+	roles    map[string][]string
+	calls    map[string]int
+	revoked  []string
+	answers  []Answer
+}
+
+type session struct {
+	refresh string
+	spent   []string
+	access  []string
+}
+
+// An Answer changes how the Provider answers one refresh. Before is called
+// first and may wait. If Err is set it is the answer; the refresh token is spent
+// all the same if Spend is.
+type Answer struct {
+	Before func()
+	Err    error
+	Spend  bool
+}
+
+// NewProvider returns a provider whose access tokens live five minutes and are
+// narrowed by exchange. Each of edit alters what it says of itself.
+func NewProvider(name broker.ProviderID, edit ...func(*broker.ProviderInfo)) *Provider {
+	p := &Provider{
+		info: broker.ProviderInfo{
+			Name: name, Issuer: "https://" + string(name) + ".example", ClientID: "jupyterhub",
+			Narrowing: broker.ByExchange, RoleClaims: []string{"roles"}, ImpliedScopes: []string{"openid"},
+		},
+		life:     5 * time.Minute,
+		sessions: make(map[string]*session),
+		roles:    make(map[string][]string),
+		calls:    make(map[string]int),
+	}
+	for _, e := range edit {
+		e(&p.info)
+	}
+	return p
+}
+
+// SetLife sets how long access tokens live from now on.
+func (p *Provider) SetLife(d time.Duration) { p.locked(func() { p.life = d }) }
+
+// SetRoles sets the roles of a subject; they show with its next token.
+func (p *Provider) SetRoles(sub string, roles ...string) { p.locked(func() { p.roles[sub] = roles }) }
+
+// Next queues answers for the refreshes to come.
+func (p *Provider) Next(a ...Answer) { p.locked(func() { p.answers = append(p.answers, a...) }) }
+
+// EndSession ends a subject's session: no token of it works any more.
+func (p *Provider) EndSession(sub string) { p.locked(func() { delete(p.sessions, sub) }) }
+
+// Calls returns how often "login", "refresh", "exchange" or "revoke" was called.
+func (p *Provider) Calls(what string) (n int) { p.locked(func() { n = p.calls[what] }); return n }
+
+// Revoked returns the refresh tokens that were revoked.
+func (p *Provider) Revoked() (all []string) {
+	p.locked(func() { all = slices.Clone(p.revoked) })
+	return all
+}
+
+// RefreshToken returns the one refresh token of sub that is good now.
+func (p *Provider) RefreshToken(sub string) (token string) {
+	p.locked(func() {
+		if s := p.sessions[sub]; s != nil {
+			token = s.refresh
+		}
+	})
+	return token
+}
+
+func (p *Provider) locked(f func()) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f()
+}
+
+func (p *Provider) Info() broker.ProviderInfo { return p.info }
+
+func (p *Provider) Check(context.Context) error { return nil }
+
+// Login begins a new session for the subject that the code names.
+func (p *Provider) Login(_ context.Context, c broker.CodeGrant) (id broker.Identity, iss broker.Issued, err error) {
+	p.locked(func() {
+		p.calls["login"]++
+		sub := c.Code.Reveal()
+		p.sessions[sub] = &session{}
+		id, iss = p.identity(sub), p.issue(sub)
+	})
+	return id, iss, nil
+}
+
+func (p *Provider) Refresh(_ context.Context, refresh broker.Secret, sub string, _ []string) (id broker.Identity, iss broker.Issued, err error) {
+	a := p.begin("refresh")
+	if a.Before != nil {
+		a.Before()
+	}
+	p.locked(func() {
+		if a.Err != nil && !a.Spend {
+			err = a.Err
+			return
+		}
+		owner, ok := p.owner(refresh.Reveal())
+		if !ok {
+			err = &broker.ProviderError{Class: broker.Dead, Reason: "expired", Status: 400, Code: "invalid_grant"}
+			return
+		}
+		id, iss = p.identity(owner), p.issue(owner)
+		if sub != "" && owner != sub {
+			err = &broker.ProviderError{Class: broker.Dead, Reason: "subject_changed"}
+		}
+	})
+	if a.Err != nil {
+		return broker.Identity{}, broker.Issued{}, a.Err
+	}
+	return id, iss, err
+}
+
+func (p *Provider) begin(what string) (a Answer) {
+	p.locked(func() {
+		p.calls[what]++
+		if len(p.answers) > 0 {
+			a, p.answers = p.answers[0], p.answers[1:]
+		}
+	})
+	return a
+}
+
+// owner finds whose refresh token it is; a spent one ends the session.
+func (p *Provider) owner(refresh string) (string, bool) {
+	for sub, s := range p.sessions {
+		if slices.Contains(s.spent, refresh) {
+			delete(p.sessions, sub)
+			return "", false
+		}
+		if s.refresh == refresh {
+			return sub, true
+		}
+	}
+	return "", false
+}
+
+func (p *Provider) Exchange(_ context.Context, access broker.Secret, t broker.Target) (iss broker.Issued, err error) {
+	p.locked(func() {
+		p.calls["exchange"]++
+		for sub, s := range p.sessions {
+			if slices.Contains(s.access, access.Reveal()) {
+				iss = p.access(sub, t)
+				return
+			}
+		}
+		err = &broker.ProviderError{Class: broker.Dead, Reason: "session_ended", Status: 400}
+	})
+	return iss, err
+}
+
+func (p *Provider) Revoke(_ context.Context, refresh broker.Secret) error {
+	p.locked(func() {
+		p.calls["revoke"]++
+		p.revoked = append(p.revoked, refresh.Reveal())
+	})
+	return nil
+}
+
+func (p *Provider) identity(sub string) broker.Identity {
+	var roles []string
+	for _, r := range p.roles[sub] {
+		roles = append(roles, "roles/"+r)
+	}
+	return broker.Identity{Sub: sub, Username: sub, Roles: roles, Known: true}
+}
+
+// issue rotates sub's refresh token and makes a token of the whole grant.
+func (p *Provider) issue(sub string) broker.Issued {
+	s := p.sessions[sub]
+	if s.refresh != "" {
+		s.spent = append(s.spent, s.refresh)
+	}
+	s.refresh = fmt.Sprintf("refresh-%s-%s", sub, rand.Text())
+	iss := p.access(sub, broker.Target{Scopes: []string{"all", "openid"}})
+	iss.RefreshToken = broker.NewSecret(s.refresh)
+	iss.IDToken = broker.NewSecret("id-" + sub)
+	return iss
+}
+
+func (p *Provider) access(sub string, t broker.Target) broker.Issued {
+	token := fmt.Sprintf("access-%s-%s", sub, rand.Text())
+	p.sessions[sub].access = append(p.sessions[sub].access, token)
+	iss := broker.Issued{
+		AccessToken: broker.NewSecret(token), TokenType: "Bearer", ExpiresIn: p.life,
+		Scopes: t.Scopes, ScopesKnown: true, AudienceKnown: true,
+	}
+	if t.Audience != "" {
+		iss.Audience = []string{t.Audience}
+	}
+	return iss
+}

@@ -1,0 +1,184 @@
+package broker
+
+import (
+	"context"
+	"strings"
+	"sync"
+	"time"
+)
+
+// A cachedToken is an access token as the broker holds it, in memory and, sealed,
+// in the store, where the deployment's other brokers find it.
+type cachedToken struct {
+	Access        Secret
+	IDToken       Secret // of the whole grant's token, for the hub
+	Type          string
+	Scopes        []string
+	ScopesKnown   bool
+	Audience      []string
+	AudienceKnown bool
+	Print         string        // fingerprint of Access
+	Life          time.Duration // as issued; 0: the provider said none
+	IssuedAt      time.Time
+	ExpiresAt     time.Time
+	Epoch         int64 // of the grant it was issued under; void under another
+}
+
+// tokenRecord is a cachedToken as it is sealed; compare grantRecord.
+type tokenRecord struct {
+	cachedToken
+	Access, IDToken string
+}
+
+func (r tokenRecord) open() cachedToken {
+	t := r.cachedToken
+	t.Access, t.IDToken = NewSecret(r.Access), NewSecret(r.IDToken)
+	return t
+}
+
+func (t cachedToken) record() tokenRecord {
+	return tokenRecord{t, t.Access.Reveal(), t.IDToken.Reveal()}
+}
+
+const (
+	// assumedLife is for how long a token without a stated end is cached.
+	assumedLife = 5 * time.Minute
+	// assumedOutstanding is for how long such a token may work after it left.
+	assumedOutstanding = 24 * time.Hour
+	// freshFor is for how long a new token is not given up because a service
+	// refused it, so that a confused client can't burn refreshes.
+	freshFor = 30 * time.Second
+)
+
+// newCachedToken makes one of a provider's answer that came at now.
+func newCachedToken(iss Issued, epoch int64, now time.Time) cachedToken {
+	life := iss.ExpiresIn
+	if life == 0 {
+		life = assumedLife
+	}
+	return cachedToken{
+		Access: iss.AccessToken, IDToken: iss.IDToken, Type: iss.TokenType,
+		Scopes: iss.Scopes, ScopesKnown: iss.ScopesKnown,
+		Audience: iss.Audience, AudienceKnown: iss.AudienceKnown,
+		Print: iss.AccessToken.Fingerprint(), Life: iss.ExpiresIn,
+		IssuedAt: now, ExpiresAt: now.Add(life), Epoch: epoch,
+	}
+}
+
+// outstandingUntil is when the token surely no longer works.
+func (t *cachedToken) outstandingUntil() time.Time {
+	if t.Life == 0 {
+		return t.IssuedAt.Add(assumedOutstanding)
+	}
+	return t.ExpiresAt
+}
+
+// lasts says whether the token is good for minTTL from now. A token that has
+// less than the margin left is replaced. For minTTL a token is replaced only
+// when it is at least a margin old: else a caller that wants more than the
+// provider gives would refresh with each request.
+func (t *cachedToken) lasts(now time.Time, minTTL time.Duration) bool {
+	life := t.ExpiresAt.Sub(t.IssuedAt)
+	margin := min(30*time.Second, life/3)
+	return t.ExpiresAt.Sub(now) >= max(margin, min(minTTL, life-margin))
+}
+
+func (t *cachedToken) valid(now time.Time) bool { return t.ExpiresAt.After(now) }
+
+// refused says whether print, which a service has refused, is this token and
+// may be given up.
+func (t *cachedToken) refused(print string, now time.Time) bool {
+	return print != "" && print == t.Print && now.Sub(t.IssuedAt) >= freshFor
+}
+
+type tokenKey struct {
+	grant    GrantKey
+	audience string
+	scopes   string
+}
+
+func newTokenKey(k GrantKey, t Target) tokenKey {
+	return tokenKey{k, t.Audience, strings.Join(t.Scopes, " ")}
+}
+
+func (k tokenKey) record() Key {
+	return Key{Kind: kindToken, Parts: []string{string(k.grant.Hub), string(k.grant.Provider), k.grant.Sub, k.audience, k.scopes}}
+}
+
+// tokens keeps decoded tokens in memory. What it returns may be void or over;
+// the caller checks epoch and life against the grant as it stands now.
+type tokens struct {
+	mu    sync.Mutex // guards the two below
+	all   map[tokenKey]cachedToken
+	sweep int // size at which expired tokens are dropped
+}
+
+func (c *tokens) get(k tokenKey) (cachedToken, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t, ok := c.all[k]
+	return t, ok
+}
+
+func (c *tokens) put(k tokenKey, t cachedToken, now time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.all == nil {
+		c.all, c.sweep = make(map[tokenKey]cachedToken), 1024
+	}
+	c.all[k] = t
+	if len(c.all) < c.sweep {
+		return
+	}
+	for k, t := range c.all {
+		if !t.valid(now) {
+			delete(c.all, k)
+		}
+	}
+	c.sweep = max(1024, 2*len(c.all))
+}
+
+// drop forgets the tokens of one grant.
+func (c *tokens) drop(g GrantKey) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for k := range c.all {
+		if k.grant == g {
+			delete(c.all, k)
+		}
+	}
+}
+
+// recall finds a token that good accepts, in memory or in the store.
+func (b *Broker) recall(ctx context.Context, k tokenKey, good func(*cachedToken) bool) (cachedToken, bool) {
+	if t, ok := b.tokens.get(k); ok && good(&t) {
+		return t, true
+	}
+	t, err := b.loadToken(ctx, k)
+	if err != nil || !good(&t) {
+		return cachedToken{}, false
+	}
+	b.tokens.put(k, t, b.pulse.now())
+	return t, true
+}
+
+func (b *Broker) loadToken(ctx context.Context, k tokenKey) (cachedToken, error) {
+	var r tokenRecord
+	_, err := b.vault.load(ctx, k.record(), &r)
+	return r.open(), err
+}
+
+// keep remembers a token. If the store can't, this broker's memory does; the
+// token is good all the same.
+func (b *Broker) keep(ctx context.Context, k tokenKey, t cachedToken) {
+	now := b.pulse.now()
+	b.tokens.put(k, t, now)
+	life := func(*tokenRecord) time.Duration { return max(t.ExpiresAt.Sub(now), time.Second) }
+	_, err := update(ctx, &b.vault, k.record(), life, func(r *tokenRecord, _ bool) error {
+		*r = t.record()
+		return nil
+	})
+	if err != nil {
+		b.cfg.Log.Warn("a token could not be shared through the store", "grant", k.grant, "err", err)
+	}
+}

@@ -1,0 +1,40 @@
+// Package broker is the token broker's domain: who gets which access token, and
+// how a refresh token is kept. It imports the standard library and broker/seal;
+// Redis, Docker, the providers and the wire are adapters around it.
+//
+// # Flows, and where they are
+//
+//	login       login.go     Login → pending grant, handle; Claim → link, live grant
+//	spawn       registry.go  Register → directory, socket; Unregister
+//	            bind.go      Docker and the kernel confirm the container
+//	token       token.go     attest, match, decide, cache, refresh, narrow, confirm, record
+//	refresh     refresh.go   begin, send, settle: the write that can't be lost
+//	disconnect  revoke.go    epoch and tombstone up, then the revision
+//
+// Decisions are in policy.go, what is said to callers in error.go, what is
+// written down in audit.go. The four interfaces are Store, Attestor, Provider
+// and Sockets; their comments are their contracts.
+//
+// # Fences
+//
+// A grant carries two counters. Version moves with each new refresh token, so
+// that the answer to an old one is not stored over a newer. Epoch moves with
+// each change of rights, so that what was decided before is void. Whoever moves
+// an epoch moves the deployment's revision afterwards, and no answer leaves
+// unless the revision it rests on was current at most 250 ms before.
+//
+// # What is kept, and where
+//
+//	where                key → value                             until                          wrong if
+//	memory, servers      server → registration, workload         Unregister; the workload ends  it outlives its socket
+//	memory, views        hub, user → linked grants               the revision moves; 30 s       it is used without its revision
+//	memory, tokens       grant, audience, scopes → access token  expiry; another epoch          it is used without the grant's epoch
+//	memory, pulse        revision and time of the store          250 ms                         the host's clock is used instead
+//	memory, Peer         connection → workload it attested as    the workload is another        it is kept past its connection
+//	store, grant         hub, provider, sub → Grant              for ever                       it opens at another key
+//	store, handle        fingerprint → grant or pending login    400 days; pending: 10 minutes  a tombstone leaves it good
+//	store, link          hub, user → subject per provider        for ever                       another subject inherits it
+//	store, registration  hub, host, user, server → Registration  Unregister                     another host acts on it
+//	store, token         as memory                               expiry                         as memory
+//	store, revision      one number                              for ever                       it ever falls
+package broker

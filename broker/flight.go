@@ -1,0 +1,104 @@
+package broker
+
+import (
+	"context"
+	"fmt"
+	"sync"
+)
+
+// flights runs at most one call per key at a time; whoever asks meanwhile waits
+// for that call's result. The call is detached from its callers: they may hang
+// up, what it began is finished. The zero value is ready.
+type flights[K comparable, V any] struct {
+	mu  sync.Mutex // guards the map
+	all map[K]*flight[V]
+	wg  sync.WaitGroup
+}
+
+type flight[V any] struct {
+	done chan struct{} // closed once the two below are set
+	v    V
+	err  error
+}
+
+// do returns call's result, or ctx's error if that ends first.
+func (f *flights[K, V]) do(ctx context.Context, k K, call func(context.Context) (V, error)) (V, error) {
+	f.mu.Lock()
+	c, ok := f.all[k]
+	if !ok {
+		c = &flight[V]{done: make(chan struct{})}
+		if f.all == nil {
+			f.all = make(map[K]*flight[V])
+		}
+		f.all[k] = c
+		detached := context.WithoutCancel(ctx)
+		f.wg.Go(func() { f.fly(detached, k, c, call) })
+	}
+	f.mu.Unlock()
+
+	select {
+	case <-c.done:
+		return c.v, c.err
+	case <-ctx.Done():
+		var zero V
+		return zero, ctx.Err()
+	}
+}
+
+func (f *flights[K, V]) fly(ctx context.Context, k K, c *flight[V], call func(context.Context) (V, error)) {
+	defer func() {
+		if r := recover(); r != nil {
+			c.err = fmt.Errorf("panic: %v", r)
+		}
+		f.mu.Lock()
+		delete(f.all, k)
+		f.mu.Unlock()
+		close(c.done)
+	}()
+	c.v, c.err = call(ctx)
+}
+
+// wait returns when no call is under way.
+func (f *flights[K, V]) wait() { f.wg.Wait() }
+
+// turns lets callers of one key in one at a time. The zero value is ready.
+type turns[K comparable] struct {
+	mu  sync.Mutex // guards the map
+	all map[K]*turn
+}
+
+type turn struct {
+	free chan struct{} // holds one item while nobody has the turn
+	want int           // who has it or waits for it
+}
+
+// take waits for k's turn; leave gives it on.
+func (t *turns[K]) take(ctx context.Context, k K) (leave func(), err error) {
+	t.mu.Lock()
+	if t.all == nil {
+		t.all = make(map[K]*turn)
+	}
+	x, ok := t.all[k]
+	if !ok {
+		x = &turn{free: make(chan struct{}, 1)}
+		x.free <- struct{}{}
+		t.all[k] = x
+	}
+	x.want++
+	t.mu.Unlock()
+
+	drop := func() {
+		t.mu.Lock()
+		defer t.mu.Unlock()
+		if x.want--; x.want == 0 {
+			delete(t.all, k)
+		}
+	}
+	select {
+	case <-x.free:
+		return func() { x.free <- struct{}{}; drop() }, nil
+	case <-ctx.Done():
+		drop()
+		return nil, ctx.Err()
+	}
+}

@@ -1,0 +1,189 @@
+// Package httpserver offers the broker as JSON over HTTP/1.1, to containers
+// and hubs, and is the hub's OAuth 2.0 token endpoint. It decides nothing: it
+// turns requests into the domain's words and back, and errors into statuses.
+//
+//	a server's socket   GET  /v1/token, /v1/token/{provider}, /v1/providers
+//	a hub's socket      POST /v1/claim, /v1/check-session, /v1/register, /v1/unregister
+//	                    POST /oauth2/token/{provider}
+//
+// Package grpcserver offers the same over gRPC; the fields are named and
+// described in proto/tokenbroker/v1.
+package httpserver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"time"
+
+	"tokenbroker/broker"
+)
+
+// NewWorkload serves containers, on the servers' sockets.
+func NewWorkload(b *broker.Broker, log *slog.Logger) *http.Server {
+	e := edge{b: b, log: log, serves: func(p *broker.Peer) bool { return p.Server != broker.ServerKey{} }}
+	return e.server(e.mux([]route{
+		{"/v1/token", http.MethodGet, "token", e.token},
+		{"/v1/token/{provider}", http.MethodGet, "token", e.token},
+		{"/v1/providers", http.MethodGet, "providers", e.providers},
+	}))
+}
+
+// NewHub serves a hub, on its socket.
+func NewHub(b *broker.Broker, log *slog.Logger) *http.Server {
+	e := edge{b: b, log: log, serves: func(p *broker.Peer) bool { return p.Hub != "" }}
+	mux := e.mux([]route{
+		{"/v1/claim", http.MethodPost, "claim", e.claim},
+		{"/v1/check-session", http.MethodPost, "session", e.checkSession},
+		{"/v1/register", http.MethodPost, "register", e.register},
+		{"/v1/unregister", http.MethodPost, "unregister", e.unregister},
+	})
+	mux.Handle(tokenPath, tokenEndpoint{e, hubOfSocket})
+	return e.server(mux)
+}
+
+// An edge answers the requests of one audience.
+type edge struct {
+	b      *broker.Broker
+	log    *slog.Logger
+	serves func(*broker.Peer) bool // keeps a service off another one's sockets; nil: not on a socket
+}
+
+// A route is one thing that can be asked for. action is its name in the audit,
+// the same as over gRPC. What is posted is JSON.
+type route struct {
+	path, method, action string
+	call                 func(r *http.Request, p *broker.Peer, body []byte) (answer any, err error)
+}
+
+func (e edge) server(h http.Handler) *http.Server {
+	return &http.Server{
+		Handler: h,
+		// No ReadTimeout: it would end requests that wait for a provider. Bodies
+		// have a deadline of their own.
+		ReadHeaderTimeout:            5 * time.Second,
+		WriteTimeout:                 2 * time.Minute,
+		IdleTimeout:                  5 * time.Minute,
+		MaxHeaderBytes:               12 << 10, // net/http adds 4 KiB
+		DisableGeneralOptionsHandler: true,
+		ConnContext:                  withPeer,
+		ErrorLog:                     slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
+	}
+}
+
+func (e edge) mux(routes []route) *http.ServeMux {
+	mux := http.NewServeMux()
+	for _, r := range routes {
+		mux.Handle(r.path, e.answer(r))
+	}
+	mux.Handle("/", e.answer(route{action: "request", call: func(*http.Request, *broker.Peer, []byte) (any, error) {
+		return nil, refusal(http.StatusNotFound, "there is nothing at this path")
+	}}))
+	return mux
+}
+
+// answer serves a route and turns whatever goes wrong into an answer that may
+// be told.
+func (e edge) answer(rt route) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		p := peerOf(r.Context())
+		defer func() {
+			if v := recover(); v != nil {
+				e.fail(w, r, p, rt.action, e.crashed(rt.action, v))
+			}
+		}()
+		body, err := e.receive(w, r, rt.method, "application/json")
+		if err != nil {
+			e.fail(w, r, p, rt.action, err)
+			return
+		}
+		answer, err := rt.call(r, p, body)
+		if err != nil {
+			e.fail(w, r, p, rt.action, err)
+			return
+		}
+		writeJSON(w, http.StatusOK, "application/json", answer)
+	}
+}
+
+// receive refuses requests that are not for us before anything of them is used,
+// and reads the body of those that are. An empty method allows all.
+func (e edge) receive(w http.ResponseWriter, r *http.Request, method, contentType string) ([]byte, error) {
+	if r.ContentLength != 0 { // whoever announces a body must send it
+		http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
+	}
+	if p := peerOf(r.Context()); e.serves != nil && (p == nil || !e.serves(p)) {
+		return nil, broker.Errorf(broker.UnknownPeer, "this socket serves others")
+	}
+	// Nobody but a browser sends an Origin, and a page must not reach us through
+	// a proxy that somebody put before the socket.
+	if r.Header.Get("Origin") != "" {
+		return nil, refusal(http.StatusBadRequest, "requests of browsers (header Origin) are not served")
+	}
+	if host := hostname(r.Host); e.serves != nil && host != "" && !strings.EqualFold(host, "localhost") {
+		return nil, refusal(http.StatusBadRequest, "the header Host must be localhost")
+	}
+	if method != "" && r.Method != method {
+		w.Header().Set("Allow", method)
+		return nil, refusal(http.StatusMethodNotAllowed, "this path serves %s only", method)
+	}
+	if method != http.MethodPost {
+		return nil, nil
+	}
+	return readBody(w, r, contentType)
+}
+
+// hostname is host without its port.
+func hostname(host string) string {
+	if name, _, err := net.SplitHostPort(host); err == nil {
+		return name
+	}
+	return host
+}
+
+// crashed logs a panic. Only what the runtime says is put into words: another
+// value could hold anything.
+func (e edge) crashed(action string, v any) error {
+	err := fmt.Errorf("panic with a %T", v)
+	if r, ok := v.(runtime.Error); ok {
+		err = fmt.Errorf("panic: %w", r)
+	}
+	e.log.Error("a call crashed", "action", action, "err", err, "stack", string(debug.Stack()))
+	return err
+}
+
+// told returns what may be told of err. What the domain answered is recorded
+// already; what it never saw is recorded here.
+func (e edge) told(r *http.Request, p *broker.Peer, action string, err error) *broker.Error {
+	var told *broker.Error
+	switch {
+	case errors.As(err, &told) && told.Ref != "":
+		return told
+	case told == nil && r.Context().Err() != nil: // nobody listens any more
+		return broker.Errorf(broker.Unavailable, "the caller left")
+	}
+	return e.b.Refuse(p, action, err)
+}
+
+type peerKey struct{}
+
+// withPeer puts a connection's Peer into the context of its requests.
+func withPeer(ctx context.Context, c net.Conn) context.Context {
+	known, ok := c.(interface{ Peer() *broker.Peer })
+	if !ok {
+		return ctx
+	}
+	return context.WithValue(ctx, peerKey{}, known.Peer())
+}
+
+// peerOf returns who makes a request, or nil if that is not known.
+func peerOf(ctx context.Context) *broker.Peer {
+	p, _ := ctx.Value(peerKey{}).(*broker.Peer)
+	return p
+}

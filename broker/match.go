@@ -1,0 +1,148 @@
+package broker
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+)
+
+// A view is what the store says of one hub's user, as of one revision: the
+// grants that are linked to him, without their refresh tokens. Immutable.
+type view struct {
+	user     UserID
+	revision int64
+	read     time.Time // by our monotonic clock
+	grants   map[ProviderID]Grant
+}
+
+// viewFor is for how long a view is believed although the revision stands
+// still. It bounds what a broker that died between changing rights and moving
+// the revision can leave behind.
+const viewFor = 30 * time.Second
+
+type userKey struct {
+	hub  HubID
+	user UserID
+}
+
+// views keeps one view per user.
+type views struct {
+	mu  sync.Mutex // guards the map
+	all map[userKey]*view
+}
+
+func (c *views) get(k userKey, revision int64) (*view, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	v, ok := c.all[k]
+	return v, ok && v.revision == revision && time.Since(v.read) < viewFor
+}
+
+func (c *views) put(k userKey, v *view) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.all == nil {
+		c.all = make(map[userKey]*view)
+	}
+	c.all[k] = v
+}
+
+func (c *views) drop(k userKey) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.all, k)
+}
+
+// match returns the user's grants as of a revision that is current.
+func (b *Broker) match(ctx context.Context, hub HubID, user UserID) (*view, error) {
+	// The revision is read before the records, so that a change between the
+	// two reads makes the view look older than it is, never newer.
+	rev, err := b.pulse.revision(ctx)
+	if err != nil {
+		return nil, err
+	}
+	k := userKey{hub, user}
+	if v, ok := b.views.get(k, rev); ok {
+		return v, nil
+	}
+	return b.looks.do(ctx, k, func(ctx context.Context) (*view, error) {
+		v, err := b.look(ctx, k, rev)
+		if err == nil {
+			b.views.put(k, v)
+		}
+		return v, err
+	})
+}
+
+func (b *Broker) look(ctx context.Context, k userKey, revision int64) (*view, error) {
+	v := &view{user: k.user, revision: revision, read: time.Now(), grants: make(map[ProviderID]Grant)}
+	l, err := b.loadLink(ctx, k)
+	if err != nil {
+		return nil, err
+	}
+	for p, sub := range l.Subs {
+		g, err := b.loadGrant(ctx, GrantKey{k.hub, p, sub})
+		switch {
+		case errors.Is(err, ErrAbsent):
+			continue
+		case err != nil:
+			return nil, err
+		case g.User != k.user:
+			continue // a link alone makes nobody the owner
+		}
+		g.Refresh = Secret{}
+		v.grants[p] = g
+	}
+	return v, nil
+}
+
+// grant returns the user's grant at p.
+func (v *view) grant(p ProviderID) (Grant, error) {
+	g, ok := v.grants[p]
+	if !ok {
+		return g, Errorf(LoginRequired, "%s has not logged in through %s yet", v.user, p)
+	}
+	return g, nil
+}
+
+func (v *view) state(p ProviderID) GrantState {
+	if g, ok := v.grants[p]; ok {
+		return g.State
+	}
+	return NoGrant
+}
+
+// facts joins the roles of all of the user's grants: a rule may want a role of
+// one provider for a token of another. Roles of a grant that has ended count
+// only where the token would come from that grant, so that the answer is that it
+// has ended.
+func (v *view) facts(s ServerKey, w *Workload, wanted ProviderID) Facts {
+	f := Facts{Server: s, Image: w.Image}
+	for p, g := range v.grants {
+		if g.State == Live || p == wanted {
+			f.Roles = append(f.Roles, g.Roles...)
+		}
+	}
+	f.Roles = sorted(f.Roles)
+	return f
+}
+
+// A linkRecord says which subject a hub's user is at each provider. A subject
+// that was linked once stays, also when its grant ends.
+type linkRecord struct {
+	Subs map[ProviderID]string
+}
+
+func (k userKey) record() Key {
+	return Key{Kind: kindLink, Parts: []string{string(k.hub), string(k.user)}}
+}
+
+func (b *Broker) loadLink(ctx context.Context, k userKey) (linkRecord, error) {
+	var l linkRecord
+	_, err := b.vault.load(ctx, k.record(), &l)
+	if errors.Is(err, ErrAbsent) {
+		err = nil
+	}
+	return l, err
+}

@@ -1,0 +1,76 @@
+package oauthprovider
+
+import "tokenbroker/broker"
+
+// A profile is what differs between families of servers. Add a family by
+// adding a row, with its recorded answers in vectors_test.go.
+type profile struct {
+	narrowing broker.Narrowing
+	// implied scopes come with every token and give no rights at a service.
+	implied []string
+	// exchanged scopes are asked for with every exchange.
+	exchanged []string
+	// userinfoRoles says that a role claim which the tokens don't have may still
+	// be in the userinfo answer. Where it is false an absent claim is empty.
+	userinfoRoles bool
+	rules         []rule
+}
+
+var profiles = map[string]profile{
+	// generic is any server that keeps to the RFCs. It puts most claims into
+	// userinfo only (OpenID Connect Core, section 5.4).
+	"generic": {
+		narrowing:     broker.ByScope,
+		implied:       []string{"email", "offline_access", "openid", "profile"},
+		userinfoRoles: true,
+	},
+
+	// keycloak is Keycloak 26. Its mappers put roles into the tokens, and leave
+	// out a claim that has no values, so userinfo knows no more than they do.
+	//
+	// The implied scopes are a realm's default client scopes, which stay in
+	// every token whatever is asked for, and offline_access, which stays in
+	// those of an offline session. web-origins, roles, basic and acr stand in a
+	// token only if a realm says so. address, phone and microprofile-jwt are
+	// optional and must be asked for, so they are not here.
+	"keycloak": {
+		narrowing: broker.ByExchange,
+		implied:   []string{"acr", "basic", "email", "offline_access", "openid", "profile", "roles", "web-origins"},
+		// An exchange without openid takes openid from the whole session (measured
+		// on 26.5.5): refreshes then bring no ID token and no openid, the hub's
+		// userinfo call gets 403, and the hub logs the user out.
+		exchanged: []string{"openid"},
+		rules: []rule{
+			{opRefresh, "invalid_grant", "User disabled", broker.Disabled, "user_disabled"},
+			{opRefresh, "invalid_grant", "Token is not active", broker.Dead, "expired"},
+			{opRefresh, "invalid_grant", "Maximum allowed refresh token reuse exceeded", broker.Dead, "reuse_detected"},
+			// The client was taken out of the session: by a reuse, or by revoking
+			// another of its tokens.
+			{opRefresh, "invalid_grant", "Session doesn't have required client", broker.Dead, "session_ended"},
+			{opRefresh, "invalid_grant", "Session not active", broker.Dead, "session_ended"},
+			{opRefresh, "invalid_grant", "Client session not active", broker.Dead, "session_ended"},
+			{opRefresh, "invalid_grant", "Offline session not active", broker.Dead, "session_ended"},
+			{opRefresh, "invalid_grant", "Offline user session not found", broker.Dead, "session_ended"},
+			{opRefresh, "invalid_grant", "Refresh token issued before the user session started", broker.Dead, "session_ended"},
+			{opRefresh, "invalid_grant", "Stale token", broker.Dead, "revoked"}, // not-before was moved
+			{opRefresh, "invalid_grant", "Offline session invalid because offline access not granted anymore", broker.Dead, "offline_not_allowed"},
+			{opRefresh, "not_allowed", "Offline tokens not allowed for the user or client", broker.Dead, "offline_not_allowed"},
+			{opRefresh, "invalid_grant", "Invalid refresh token. Token client and authorized client don't match", broker.Dead, "wrong_client"},
+			{opRefresh, "invalid_grant", "Unmatching clients", broker.Dead, "wrong_client"},
+			{opRefresh, "invalid_grant", "Invalid refresh token", broker.Dead, "unknown_token"},
+			{opRefresh, "invalid_scope", "Client no longer has requested consent from user", broker.UserAction, "consent_required"},
+			{opRefresh | opCode, "invalid_request", "DPoP*", broker.Misconfigured, "dpop_required"},
+			{opExchange, "invalid_request", "DPoP*", broker.Misconfigured, "dpop_required"},
+			{opRevoke, "invalid_request", "Unmatching clients", broker.Misconfigured, "wrong_client"},
+
+			{opExchange, "invalid_request", "Invalid token", broker.Dead, "access_token_refused"},
+			// An audience is named like a client, and missing in the same words.
+			{opExchange, "invalid_client", "Audience not found", broker.Refused, "audience"},
+			{opExchange, "invalid_request", "Requested audience not available*", broker.Refused, "audience"},
+			{opExchange, "invalid_request", "Scope offline_access not allowed for token exchange", broker.Refused, "scope"},
+			{opExchange, "invalid_request", "Standard token exchange is not enabled*", broker.Misconfigured, "exchange_not_enabled"},
+			{opExchange, "invalid_request", "Parameter 'subject_token' supports*", broker.Misconfigured, "unsupported"},
+			{opExchange, "invalid_request", "requested_token_type unsupported", broker.Misconfigured, "unsupported"},
+		},
+	},
+}

@@ -1,0 +1,397 @@
+package broker
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+)
+
+// The refresh is the one write that can't be lost: a provider that rotates has
+// ended the old refresh token when it answers, and takes a second use of it for
+// theft. So, for one grant:
+//
+//	begin    one write that takes the lease and leaves the mark. If the store
+//	         can't accept it, no refresh token is spent.
+//	send     only while the lease outlasts the provider's time limit.
+//	settle   one write that fits the answer: commit, or quarantine, or release.
+//
+// Version is the fence between refreshes and logins, Tombstone the one against
+// storing over a disconnected grant, and Epoch says that decisions have to be
+// taken again. Nobody's hanging up stops a refresh that has begun.
+const (
+	// leaseFor outlasts what the provider may take (30 s by its contract), so
+	// that no second attempt starts while the first may still succeed.
+	leaseFor = 45 * time.Second
+	// sendWithin is how old a lease may be when the token is sent; what is left
+	// of it then covers the provider's limit. A broker that was frozen between
+	// begin and send finds itself too late here.
+	sendWithin = 10 * time.Second
+	// leasePoll is how often a grant is looked at that another broker refreshes.
+	leasePoll = 100 * time.Millisecond
+	// commitFor is for how long a commit is tried again while the store is away.
+	commitFor = time.Minute
+	// disabledFor is for how long a switched-off account is not asked for again.
+	disabledFor = 30 * time.Second
+)
+
+// Answers of begin and settle that lead to another look at the record.
+var (
+	errBusy  = errors.New("another broker refreshes this grant")
+	errMoved = errors.New("the grant moved meanwhile")
+)
+
+// An errand is one wish for a token straight from the refresh token.
+type errand struct {
+	grant  GrantKey
+	target Target                   // what the token is kept as; zero: the whole grant
+	scopes []string                 // what the provider is asked for; empty: all
+	good   func(*cachedToken) bool  // whether a token that is there will do
+	check  func(*cachedToken) error // whether the new token may be kept; nil: yes
+}
+
+// renew returns a token that satisfies e, and spends the grant's refresh token
+// only if none is there.
+func (b *Broker) renew(ctx context.Context, e errand) (cachedToken, error) {
+	k := newTokenKey(e.grant, e.target)
+	t, err := b.refreshes.do(ctx, k, func(ctx context.Context) (cachedToken, error) { return b.run(ctx, k, e) })
+	return t, notYet(ctx, e.grant.Provider, err)
+}
+
+// notYet names what a caller whose patience is over was waiting for. What it
+// waited for goes on.
+func notYet(ctx context.Context, p ProviderID, err error) error {
+	if err == nil || ctx.Err() == nil {
+		return err
+	}
+	return Errorf(ProviderDown, "%s has not answered yet", p).Because(err)
+}
+
+// run does the errand when its grant's turn comes. One grant may have errands
+// for several targets, and each would spend the same refresh token.
+func (b *Broker) run(ctx context.Context, k tokenKey, e errand) (cachedToken, error) {
+	leave, err := b.turns.take(ctx, e.grant)
+	if err != nil {
+		return cachedToken{}, err
+	}
+	defer leave()
+	for deadline := time.Now().Add(2 * leaseFor); ; {
+		if t, ok := b.recall(ctx, k, e.good); ok {
+			return t, nil
+		}
+		t, err := b.attempt(ctx, k, e)
+		switch {
+		case err == nil, !errors.Is(err, errBusy) && !errors.Is(err, errMoved):
+			return t, err
+		case time.Now().After(deadline):
+			return t, Errorf(ProviderDown, "another broker has been refreshing this grant for too long").Because(err)
+		}
+		if err := pause(ctx, leasePoll); err != nil {
+			return t, err
+		}
+	}
+}
+
+// attempt spends the refresh token once.
+func (b *Broker) attempt(ctx context.Context, k tokenKey, e errand) (cachedToken, error) {
+	p, err := b.provider(e.grant.Provider)
+	if err != nil {
+		return cachedToken{}, err
+	}
+	began := time.Now()
+	g, err := b.begin(ctx, e.grant, p.Info().Issuer)
+	if err != nil {
+		return cachedToken{}, err
+	}
+	if time.Since(began) > sendWithin {
+		b.release(ctx, g, false)
+		return cachedToken{}, Errorf(Unavailable, "the token broker's store is too slow")
+	}
+	id, iss, err := p.Refresh(ctx, g.Refresh, g.Key.Sub, e.scopes)
+	if err != nil {
+		return cachedToken{}, b.unsuccessful(ctx, g, iss, err)
+	}
+	t, err := b.commit(ctx, g, id, iss)
+	if err != nil {
+		return cachedToken{}, err
+	}
+	if e.check != nil {
+		if err := e.check(&t); err != nil {
+			return cachedToken{}, err
+		}
+	}
+	b.keep(ctx, k, t)
+	return t, nil
+}
+
+// begin takes the lease on k. It is also the pre-flight write.
+func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, error) {
+	attempt := rand.Text()
+	return b.changeGrant(ctx, k, func(g *Grant, exists bool) error {
+		now := b.pulse.now()
+		switch {
+		case !exists:
+			return Errorf(LoginRequired, "you have not logged in through %s yet", k.Provider)
+		case g.usable(issuer) != nil:
+			return g.usable(issuer)
+		case g.Refresh.IsZero():
+			return Errorf(LoginRequired, "%s gave no refresh token at your login", k.Provider)
+		case g.State == GrantDisabled && now.Sub(g.Since) < disabledFor:
+			return disabled(k.Provider)
+		case g.Lease.Until.After(now):
+			return errBusy
+		}
+		lost := g.Mark.Attempt != "" // whoever left it never learned the answer
+		g.Lease = Lease{Holder: attempt, Until: now.Add(leaseFor)}
+		g.Mark = Mark{Attempt: attempt, At: now, Lost: lost}
+		return nil
+	})
+}
+
+// fence returns nil if an answer to the token that began held still concerns g:
+// no login or refresh moved its version, and nobody has disconnected it.
+func fence(g *Grant, exists bool, began Grant) error {
+	switch {
+	case !exists || g.Version != began.Version:
+		return errMoved
+	case !g.Tombstone.IsZero():
+		return g.usable(g.Issuer)
+	}
+	return nil
+}
+
+// commit stores a provider's answer. It is tried until the store takes it: the
+// new refresh token exists nowhere else.
+func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issued) (cachedToken, error) {
+	now := b.pulse.now()
+	t := newCachedToken(iss, began.Epoch, now)
+	moved := false
+	err := b.insist(ctx, began.Key, func(g *Grant, exists bool) error {
+		moved = false
+		if err := fence(g, exists, began); err != nil {
+			return err
+		}
+		same := g.Epoch == began.Epoch
+		moved = g.renewed(id, iss, now, b.cfg.Host)
+		g.OutstandingUntil = latest(g.OutstandingUntil, t.outstandingUntil())
+		// If others moved the epoch since begin, the token stays one of the
+		// old epoch, which is void; if its own roles did, it is the new one's.
+		if same {
+			t.Epoch = g.Epoch
+		}
+		return nil
+	})
+	switch {
+	case errors.Is(err, errMoved):
+		// A login was faster. The provider's answer is dropped, not revoked: on
+		// Keycloak that would end the newer login's session too.
+	case errors.Is(err, ErrRevoked):
+		b.revokeAtProvider(ctx, began.Key.Provider, iss.RefreshToken)
+	case err == nil && moved:
+		err = b.move(ctx, began.Key)
+	}
+	return t, err
+}
+
+// renewed writes a provider's answer into g and reports whether the rights it
+// brought differ from the old ones.
+func (g *Grant) renewed(id Identity, iss Issued, now time.Time, host HostID) (moved bool) {
+	if !iss.RefreshToken.IsZero() {
+		g.Refresh = iss.RefreshToken
+	}
+	if iss.RefreshExpiresIn > 0 {
+		g.Expires = now.Add(iss.RefreshExpiresIn)
+	}
+	if g.State != Live {
+		g.State, g.Reason, g.Since = Live, "", now
+		moved = true
+	}
+	if id.Username != "" {
+		g.Username = id.Username
+	}
+	if roles := canonical(g.Key.Provider, id.Roles); id.Known && !slices.Equal(roles, g.Roles) {
+		g.Roles, moved = roles, true
+	}
+	if moved {
+		g.Epoch = later(g.Epoch, now)
+	}
+	g.Version++
+	g.Lease, g.Mark = Lease{}, Mark{}
+	g.RefreshedAt, g.RefreshedBy = now, host
+	return moved
+}
+
+// canonical puts the provider before each role, so that roles of two providers
+// never mean the same.
+func canonical(p ProviderID, roles []string) []string {
+	full := make([]string, 0, len(roles))
+	for _, r := range roles {
+		full = append(full, string(p)+":"+r)
+	}
+	return sorted(full)
+}
+
+// insist is changeGrant that goes on while the store is away.
+func (b *Broker) insist(ctx context.Context, k GrantKey, change func(*Grant, bool) error) error {
+	wait := 20 * time.Millisecond
+	for deadline := time.Now().Add(commitFor); ; {
+		_, err := b.changeGrant(ctx, k, change)
+		if !errors.Is(err, ErrUnavailable) || time.Now().After(deadline) {
+			return err
+		}
+		b.cfg.Log.Error("a refreshed grant can't be stored; trying again", "grant", k, "err", err)
+		if pause(ctx, wait) != nil {
+			return err
+		}
+		wait = min(2*wait, time.Second)
+	}
+}
+
+// unsuccessful settles an attempt that brought no token and says what to answer.
+func (b *Broker) unsuccessful(ctx context.Context, began Grant, iss Issued, err error) error {
+	var pe *ProviderError
+	if !errors.As(err, &pe) {
+		pe = &ProviderError{Class: Lost, Err: err}
+	}
+	b.cfg.Log.Warn("a refresh failed", "grant", began.Key, "class", pe.Class, "reason", pe.Reason, "status", pe.Status, "err", pe.Err)
+	switch pe.Class {
+	case Dead:
+		return b.quarantine(ctx, began, iss, pe.Reason)
+	case Disabled:
+		return b.disable(ctx, began)
+	}
+	b.release(ctx, began, pe.Class == Lost)
+	return told(began.Key.Provider, pe)
+}
+
+// quarantine ends a grant whose refresh token the provider called dead. It is
+// never deleted: if somebody else had rotated it, theirs is used.
+func (b *Broker) quarantine(ctx context.Context, began Grant, iss Issued, reason string) error {
+	if began.Mark.Lost {
+		reason = "lost_response"
+	}
+	g, err := b.changeGrant(ctx, began.Key, func(g *Grant, exists bool) error {
+		if err := fence(g, exists, began); err != nil {
+			return err
+		}
+		g.end(NeedsLogin, reason, b.pulse.now())
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if !iss.RefreshToken.IsZero() { // somebody else's: the subject changed
+		b.revokeAtProvider(ctx, began.Key.Provider, iss.RefreshToken)
+	}
+	if err := b.move(ctx, began.Key); err != nil {
+		return err
+	}
+	return g.usable(g.Issuer)
+}
+
+func (b *Broker) disable(ctx context.Context, began Grant) error {
+	_, err := b.changeGrant(ctx, began.Key, func(g *Grant, exists bool) error {
+		if err := fence(g, exists, began); err != nil {
+			return err
+		}
+		g.end(GrantDisabled, "account disabled", b.pulse.now())
+		return nil
+	})
+	if err == nil {
+		err = b.move(ctx, began.Key)
+	}
+	if err != nil {
+		return err
+	}
+	return disabled(began.Key.Provider)
+}
+
+func disabled(p ProviderID) error {
+	return Errorf(Denied, "your account is disabled at %s", p)
+}
+
+// release gives the lease back. lost keeps the mark, so that the next attempt
+// knows that the provider may have spent the token already. If the store can't
+// take it the lease runs out by itself, and the mark stays, which says the same.
+func (b *Broker) release(ctx context.Context, began Grant, lost bool) {
+	_, err := b.changeGrant(ctx, began.Key, func(g *Grant, exists bool) error {
+		if !exists || g.Lease.Holder != began.Lease.Holder {
+			return errKeep
+		}
+		g.Lease = Lease{}
+		if !lost && !g.Mark.Lost {
+			g.Mark = Mark{}
+		}
+		return nil
+	})
+	if err != nil {
+		b.cfg.Log.Warn("a lease could not be given back; it runs out by itself", "grant", began.Key, "err", err)
+	}
+}
+
+// told turns a provider's unfavourable answer into what the caller is told. The
+// grant lives in all of these.
+func told(p ProviderID, pe *ProviderError) error {
+	var e *Error
+	switch pe.Class {
+	case Dead:
+		e = Errorf(LoginRequired, "%s did not accept it (%s)", p, pe.Reason)
+	case Disabled:
+		return disabled(p)
+	case UserAction:
+		e = Errorf(LoginRequired, "%s wants something of you (%s)", p, pe.Reason).Hint("log in at %s once and do what it asks", p)
+	case Misconfigured:
+		e = Errorf(ProviderDown, "%s does not accept this token broker's own credentials or settings", p).Hint("tell {contact}")
+	case Refused:
+		e = Errorf(Unsatisfiable, "%s does not give such a token (%s)", p, pe.Reason)
+	default:
+		e = Errorf(ProviderDown, "%s can't be asked at the moment", p)
+		if pe.RetryAfter > 0 {
+			e.RetryAfter = pe.RetryAfter
+		}
+	}
+	return e.Because(pe)
+}
+
+// revokeAtProvider ends a refresh token that must not be kept.
+func (b *Broker) revokeAtProvider(ctx context.Context, id ProviderID, refresh Secret) {
+	p, err := b.provider(id)
+	if err == nil && !refresh.IsZero() {
+		err = p.Revoke(ctx, refresh)
+	}
+	if err != nil {
+		b.cfg.Log.Error("a refresh token that is not kept could not be revoked", "provider", id, "err", err)
+	}
+}
+
+// move tells every broker that k's rights changed. It comes after the change:
+// whoever reads the new revision then reads the new rights.
+func (b *Broker) move(ctx context.Context, k GrantKey) error {
+	b.tokens.drop(k)
+	defer b.pulse.forget()
+	if _, err := b.cfg.Store.Move(ctx); err != nil {
+		return Errorf(Unavailable, "the token broker can't reach its store").Because(fmt.Errorf("move revision: %w", err))
+	}
+	return nil
+}
+
+// pause waits, unless ctx ends first.
+func pause(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func latest(a, b time.Time) time.Time {
+	if a.After(b) {
+		return a
+	}
+	return b
+}

@@ -1,0 +1,331 @@
+package broker_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"tokenbroker/broker"
+	"tokenbroker/broker/brokertest"
+)
+
+// expire lets alice's tokens end.
+func expire() { time.Sleep(6 * time.Minute) }
+
+func TestOneRefreshForAllWhoAskAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer other.Close()
+		expire()
+		slow := brokertest.Answer{Before: func() { time.Sleep(2 * time.Second) }}
+		r.provider.Next(slow)
+		var all sync.WaitGroup
+		for range 6 {
+			all.Go(func() { r.token(p, broker.Want{}) })
+		}
+		for range 4 {
+			for _, b := range []*rig{r, other} { // two brokers, one grant
+				all.Go(func() {
+					if _, err := b.RefreshHub(context.Background(), "main", "keycloak", handle); err != nil {
+						t.Errorf("RefreshHub: %v", err)
+					}
+				})
+			}
+		}
+		all.Wait()
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("%d refreshes for 14 requests, want 1", n)
+		}
+		if n := r.provider.Calls("exchange"); n != 1 {
+			t.Errorf("%d exchanges for 6 requests, want 1", n)
+		}
+	})
+}
+
+func TestCallerWhoHangsUpStopsNothing(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		before := r.grant("alice").Version
+		expire()
+		ctx, hangUp := context.WithCancel(context.Background())
+		r.provider.Next(brokertest.Answer{Before: func() { hangUp(); time.Sleep(time.Second) }})
+		if _, err := r.Token(ctx, p, broker.Want{}); !errors.Is(err, broker.ErrProviderDown) {
+			t.Errorf("a caller who hung up got %v", err)
+		}
+		time.Sleep(2 * time.Second)
+		if got := r.grant("alice").Version; got != before+1 {
+			t.Errorf("the grant is at version %d, want %d: the answer was lost", got, before+1)
+		}
+		r.token(p, broker.Want{})
+	})
+}
+
+func TestRoleThatIsLostStopsTheNextToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{})
+		epoch := r.grant("alice").Epoch
+		expire()
+		r.provider.SetRoles("alice", "student")
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		if r.provider.Calls("exchange") != 1 {
+			t.Error("a token was exchanged under rights that had ended")
+		}
+		if r.grant("alice").Epoch <= epoch {
+			t.Error("the epoch did not move with the roles")
+		}
+		expire()
+		r.provider.SetRoles("alice", "researcher")
+		if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || !s.Active {
+			t.Fatalf("CheckSession: %+v, %v", s, err)
+		}
+		r.token(p, broker.Want{}) // a role gained needs no new login
+	})
+}
+
+func TestDeadRefreshTokenIsQuarantinedAndALoginRevivesTheContainer(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{})
+		expire()
+		r.provider.EndSession("alice")
+		said := r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+		if !strings.Contains(said.Sentence, "(expired)") {
+			t.Errorf("said %q, want the reason in it", said.Sentence)
+		}
+		g := r.grant("alice")
+		if g.State != broker.NeedsLogin || g.Reason != "expired" {
+			t.Errorf("the grant is %s (%s)", g.State, g.Reason)
+		}
+		r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("the dead token was sent %d times, want once", n)
+		}
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", "")
+		if err != nil || s.Active {
+			t.Errorf("CheckSession of a dead session: %+v, %v", s, err)
+		}
+		r.loggedIn("alice")
+		r.token(p, broker.Want{})
+		if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || !s.Active {
+			t.Errorf("the old handle of a live grant: %+v, %v", s, err)
+		}
+	})
+}
+
+func TestLostAnswerIsTriedAgainWithTheSameToken(t *testing.T) {
+	lost := func(spend bool) brokertest.Answer {
+		return brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost, Err: errors.New("timeout")}, Spend: spend}
+	}
+	t.Run("the provider never saw it", func(t *testing.T) {
+		inBubble(t, func(r *rig) {
+			r.loggedIn("alice")
+			p := r.running("alice", 100)
+			expire()
+			r.provider.Next(lost(false))
+			r.refused(p, broker.Want{}, broker.ErrProviderDown)
+			r.token(p, broker.Want{})
+		})
+	})
+	t.Run("the provider had spent it", func(t *testing.T) {
+		inBubble(t, func(r *rig) {
+			r.loggedIn("alice")
+			p := r.running("alice", 100)
+			expire()
+			r.provider.Next(lost(true))
+			r.refused(p, broker.Want{}, broker.ErrProviderDown)
+			r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+			if g := r.grant("alice"); g.Reason != "lost_response" {
+				t.Errorf("the reason is %q, want lost_response", g.Reason)
+			}
+		})
+	})
+}
+
+func TestProvidersOtherRefusalsKeepTheGrant(t *testing.T) {
+	for _, tt := range []struct {
+		class broker.ProviderClass
+		want  *broker.Error
+	}{
+		{broker.TryLater, broker.ErrProviderDown},
+		{broker.Misconfigured, broker.ErrProviderDown},
+		{broker.UserAction, broker.ErrLoginRequired},
+		{broker.Refused, broker.ErrUnsatisfiable},
+		{broker.Disabled, broker.ErrDenied},
+	} {
+		t.Run(string(tt.class), func(t *testing.T) {
+			inBubble(t, func(r *rig) {
+				r.loggedIn("alice")
+				p := r.running("alice", 100)
+				expire()
+				r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: tt.class, Reason: "r"}})
+				r.refused(p, broker.Want{}, tt.want)
+				time.Sleep(time.Minute)
+				r.token(p, broker.Want{})
+				if g := r.grant("alice"); g.State != broker.Live {
+					t.Errorf("the grant is %s afterwards", g.State)
+				}
+			})
+		})
+	}
+}
+
+func TestNothingIsSpentWhileTheStoreCantBeWritten(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.store.Before(func(method string, k broker.Key) error {
+			if method == "Put" {
+				return errors.New("read only")
+			}
+			return nil
+		})
+		r.refused(p, broker.Want{}, broker.ErrUnavailable)
+		if n := r.provider.Calls("refresh"); n != 0 {
+			t.Errorf("the refresh token was sent %d times", n)
+		}
+		r.store.Before(nil)
+		r.token(p, broker.Want{})
+	})
+}
+
+func TestAnswerIsStoredOnceTheStoreIsBack(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() { r.store.Fail(errors.New("away")) }})
+		time.AfterFunc(10*time.Second, func() { r.store.Fail(nil) })
+		r.token(p, broker.Want{})
+		expire()
+		r.token(p, broker.Want{}) // with the token that was stored
+	})
+}
+
+func TestFrozenBrokerDoesNotSendUnderAnOldLease(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.store.After(func(method string, k broker.Key) error {
+			if method == "Put" && k.Kind == "grant" {
+				time.Sleep(20 * time.Second)
+			}
+			return nil
+		})
+		r.refused(p, broker.Want{}, broker.ErrUnavailable)
+		if n := r.provider.Calls("refresh"); n != 0 {
+			t.Errorf("the refresh token was sent %d times", n)
+		}
+	})
+}
+
+func TestLeaseOfABrokerThatNeverComesBackRunsOut(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		other := r.second()
+		p := other.running("alice", 100)
+		expire()
+		back := make(chan struct{})
+		r.provider.Next(brokertest.Answer{Before: func() { <-back }, Err: errors.New("killed")})
+		go r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", "")
+		synctest.Wait()
+		before := time.Now()
+		other.token(p, broker.Want{})
+		if waited := time.Since(before); waited < 40*time.Second || waited > 50*time.Second {
+			t.Errorf("the other broker waited %s, want the 45 s of the lease", waited)
+		}
+		close(back)
+		synctest.Wait()
+		if g := r.grant("alice"); g.State != broker.Live {
+			t.Errorf("the late answer made the grant %s (%s)", g.State, g.Reason)
+		}
+		other.Close()
+	})
+}
+
+func TestDisconnectDuringARefreshRevokesWhatItBrings(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() {
+			if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+				t.Errorf("Disconnect: %v", err)
+			}
+		}})
+		r.refused(p, broker.Want{}, broker.ErrRevoked)
+		if got := r.provider.Revoked(); len(got) != 1 || got[0] != r.provider.RefreshToken("alice") {
+			t.Error("the refresh token that came under the tombstone was not revoked at the provider")
+		}
+		if g := r.grant("alice"); g.State != broker.Disconnected {
+			t.Errorf("the grant is %s", g.State)
+		}
+	})
+}
+
+func TestLoginDuringARefreshWins(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() { r.loggedIn("alice") }, Err: nil})
+		r.token(p, broker.Want{})
+		if len(r.provider.Revoked()) != 0 {
+			t.Error("the answer to the older token was revoked; on Keycloak that ends the newer session")
+		}
+		expire()
+		r.token(p, broker.Want{})
+	})
+}
+
+func TestDisconnectEndsTokensOnEveryBroker(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer other.Close()
+		q := other.running("alice", 200)
+		r.token(p, broker.Want{})
+		last := other.token(q, broker.Want{})
+		gone, ref, err := r.Disconnect(context.Background(), "root", "", "alice", "")
+		if errors.Is(err, broker.ErrInvalid) { // two hubs: one has to be named
+			gone, ref, err = r.Disconnect(context.Background(), "root", "main", "alice", "")
+		}
+		if err != nil || ref == "" || len(gone) != 1 {
+			t.Fatalf("Disconnect: %v, %v", gone, err)
+		}
+		if gone[0].OutstandingUntil.Before(last.ExpiresAt) {
+			t.Errorf("outstanding until %s, but a token lives until %s", gone[0].OutstandingUntil, last.ExpiresAt)
+		}
+		time.Sleep(time.Until(gone[0].IssuingStoppedAt) + time.Millisecond)
+		for _, b := range []struct {
+			*rig
+			p *broker.Peer
+		}{{r, p}, {other, q}} {
+			b.refused(b.p, broker.Want{}, broker.ErrRevoked)
+			s, err := b.CheckSession(context.Background(), "main", "keycloak", handle, "alice", "")
+			if err != nil || s.Active {
+				t.Errorf("CheckSession after the disconnect: %+v, %v", s, err)
+			}
+		}
+		_, err = r.Register(context.Background(), "main", broker.RegisterRequest{User: "alice", ContainerName: "c"})
+		refused(t, err, broker.ErrRevoked)
+
+		r.loggedIn("alice")
+		r.token(p, broker.Want{})
+		if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || s.Active {
+			t.Errorf("a handle from before the disconnect came back to life: %+v, %v", s, err)
+		}
+	})
+}

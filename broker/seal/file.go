@@ -1,0 +1,269 @@
+package seal
+
+import (
+	"bytes"
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"syscall"
+
+	"github.com/tink-crypto/tink-go/v2/aead/subtle"
+	"github.com/tink-crypto/tink-go/v2/keyset"
+)
+
+const (
+	kekSize = 32      // bytes
+	maxFile = 1 << 20 // bytes; a keyset of many keys is a few KiB
+)
+
+// keysetAD says what a wrapped keyset is, so that nothing else that was ever
+// encrypted under the key-encryption key passes for one.
+var keysetAD = []byte("tokenbroker keyset 1")
+
+// A wrapped is the keyset file.
+type wrapped struct {
+	// KEK identifies the key-encryption key, without telling anything about it.
+	// So a wrong key can be told from a damaged file.
+	KEK    string          `json:"kek"`
+	Keyset json.RawMessage `json:"keyset"` // Tink's JSON of an encrypted keyset
+}
+
+// A kek is a key-encryption key.
+type kek []byte
+
+func (k kek) id() string {
+	mac := hmac.New(sha256.New, k)
+	mac.Write([]byte("tokenbroker key-encryption key id"))
+	return hex.EncodeToString(mac.Sum(nil)[:8])
+}
+
+// Create makes a new keyset, wrapped by a new key-encryption key, in two new
+// files of mode 0400. It overwrites nothing.
+//
+// The key-encryption key is a line of base64, as "openssl rand -base64 32"
+// prints it.
+func Create(keysetFile, kekFile string) error {
+	h, err := newHandle()
+	if err != nil {
+		return err
+	}
+	key := make(kek, kekSize)
+	rand.Read(key)
+	text, err := wrap(h, key)
+	if err != nil {
+		return err
+	}
+
+	if err := writeNew(kekFile, base64.StdEncoding.AppendEncode(nil, key)); err != nil {
+		return fmt.Errorf("create the key-encryption key: %w", err)
+	}
+	if err := writeNew(keysetFile, text); err != nil {
+		os.Remove(kekFile) // it opens nothing, and would be in the way of the next attempt
+		return fmt.Errorf("create the keyset: %w", err)
+	}
+	return nil
+}
+
+func wrap(h *keyset.Handle, key kek) ([]byte, error) {
+	a, err := subtle.NewXChaCha20Poly1305(key)
+	if err != nil {
+		return nil, fmt.Errorf("use the key-encryption key: %w", err)
+	}
+	var buf bytes.Buffer
+	if err := h.WriteWithAssociatedData(keyset.NewJSONWriter(&buf), a, keysetAD); err != nil {
+		return nil, fmt.Errorf("wrap the keyset: %w", err)
+	}
+	return json.MarshalIndent(wrapped{KEK: key.id(), Keyset: buf.Bytes()}, "", "  ")
+}
+
+// writeNew writes a line to a file that wasn't there, and returns when it is
+// on the disk: records are sealed under it from now on.
+func writeNew(path string, line []byte) (err error) {
+	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o400)
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%s is there already, and without it everyone would have to log in again: move it away if that is what you want", path)
+	}
+	if err != nil {
+		return err
+	}
+	defer func() {
+		err = errors.Join(err, f.Close())
+		if err != nil {
+			os.Remove(path)
+		}
+	}()
+	if _, err := f.Write(append(line, '\n')); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(path))
+}
+
+func syncDir(path string) error {
+	d, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}
+
+// Load reads a keyset and the key-encryption key that opens it.
+//
+// If systemd handed us a credential of the name kekFile, that is the key; so it
+// is if kekFile is its path. Otherwise it is a file which only its owner may
+// read.
+//
+// Its errors are sentences for the administrator: which file, what is wrong
+// with it, and what to do.
+func Load(keysetFile, kekFile string) (*Keyset, error) {
+	key, kekFile, err := loadKEK(kekFile)
+	if err != nil {
+		return nil, err
+	}
+	text, err := readRegular(keysetFile, func(fs.FileInfo) error { return nil })
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, fmt.Errorf("there is no keyset at %s: restore it from its backup, or, in a new installation, run \"tokenbroker keys create\"", keysetFile)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read the keyset: %w", err)
+	}
+
+	damaged := func(err error) error {
+		return fmt.Errorf("the keyset in %s is damaged: restore it from its backup (%w)", keysetFile, err)
+	}
+	var w wrapped
+	if err := json.Unmarshal(text, &w); err != nil {
+		return nil, damaged(err)
+	}
+	if len(w.Keyset) == 0 || w.KEK == "" {
+		return nil, damaged(errors.New("it is JSON, but not what \"tokenbroker keys create\" writes"))
+	}
+	if w.KEK != key.id() {
+		return nil, fmt.Errorf("the key-encryption key in %s (%s) is not the one that the keyset in %s was wrapped by (%s): restore the two files from the same backup", kekFile, key.id(), keysetFile, w.KEK)
+	}
+	k, err := unwrap(w.Keyset, key)
+	if err != nil {
+		return nil, damaged(err)
+	}
+	return k, nil
+}
+
+func unwrap(text []byte, key kek) (*Keyset, error) {
+	a, err := subtle.NewXChaCha20Poly1305(key)
+	if err != nil {
+		return nil, err
+	}
+	h, err := keyset.ReadWithAssociatedData(keyset.NewJSONReader(bytes.NewReader(text)), a, keysetAD)
+	if err != nil {
+		return nil, err
+	}
+	return fromHandle(h)
+}
+
+// loadKEK also returns the path it found the key at.
+func loadKEK(name string) (kek, string, error) {
+	path, private := name, onlyOwner
+	if cred := credential(name); cred != "" {
+		path, private = cred, notWorld
+	}
+	text, err := readRegular(path, private)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, path, fmt.Errorf("there is no key-encryption key at %s: restore it from its backup, or, in a new installation, run \"tokenbroker keys create\"", path)
+	}
+	if err != nil {
+		return nil, path, fmt.Errorf("read the key-encryption key: %w", err)
+	}
+	key := make(kek, base64.StdEncoding.DecodedLen(len(text)))
+	n, err := base64.StdEncoding.Decode(key, bytes.TrimSpace(text))
+	if err != nil || n != kekSize {
+		// Not the decoder's error: it may quote the key.
+		return nil, path, fmt.Errorf("the key-encryption key in %s is not a line of base64 for %d bytes: restore it from its backup", path, kekSize)
+	}
+	return key[:n], path, nil
+}
+
+// credential returns the path of the systemd credential called name, or "". An
+// absolute name may be the path of one, too.
+func credential(name string) string {
+	dir := os.Getenv("CREDENTIALS_DIRECTORY")
+	if dir == "" {
+		return ""
+	}
+	if filepath.IsAbs(name) {
+		if filepath.Dir(name) == filepath.Clean(dir) {
+			return name
+		}
+		return ""
+	}
+	path := filepath.Join(dir, name)
+	if _, err := os.Lstat(path); err != nil || !filepath.IsLocal(name) {
+		return ""
+	}
+	return path
+}
+
+// onlyOwner refuses a secret that others than we, or root, may read.
+func onlyOwner(info fs.FileInfo) error {
+	if info.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("others may use it (mode %04o): run chmod 0400, and think of who may have read it", info.Mode().Perm())
+	}
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
+		return fmt.Errorf("it belongs to uid %d, but the broker runs as uid %d: run chown", st.Uid, os.Geteuid())
+	}
+	return nil
+}
+
+// notWorld is for systemd's credentials: systemd gives the service's user
+// access by an ACL, whose mask shows as group permission, and their directory
+// is closed to everybody else.
+func notWorld(info fs.FileInfo) error {
+	if info.Mode().Perm()&0o007 != 0 {
+		return fmt.Errorf("everybody may use it (mode %04o): let systemd make it (LoadCredential=)", info.Mode().Perm())
+	}
+	return nil
+}
+
+// readRegular reads a small regular file whose metadata ok accepts. It looks
+// at the open file, so that what was checked is what is read.
+func readRegular(path string, ok func(fs.FileInfo) error) ([]byte, error) {
+	// Without O_NONBLOCK a FIFO would hold us up for ever.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrPermission) {
+		return nil, fmt.Errorf("%w: give it to uid %d, which the broker runs as, by chown", err, os.Geteuid())
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s is not a file: name the file itself", path)
+	}
+	if err := ok(info); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	text, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(text) > maxFile {
+		return nil, fmt.Errorf("%s is larger than %d bytes: restore it from its backup", path, maxFile)
+	}
+	return text, nil
+}

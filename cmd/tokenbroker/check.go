@@ -1,0 +1,348 @@
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"maps"
+	"net"
+	"net/netip"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+
+	"tokenbroker/broker"
+	"tokenbroker/broker/oauthprovider"
+	"tokenbroker/broker/seal"
+)
+
+// check looks for mistakes in what a configuration says, notes them in d, and
+// makes the paths of files absolute.
+func check(c *Config, d *decoder, f files) {
+	k := checker{c, d, f}
+	k.names()
+	k.hubs()
+	k.servers()
+	k.store()
+	k.keys()
+	k.providers()
+	k.policy()
+	k.parts()
+}
+
+type checker struct {
+	c *Config
+	d *decoder
+	f files
+}
+
+// add notes a mistake at the line of key, or of the nearest block around it.
+// A key that was wrong in shape already is not reported twice.
+func (k checker) add(key, text string, args ...any) {
+	line := 0
+	for _, m := range k.d.mistakes {
+		if m.Key == key {
+			return
+		}
+	}
+	for at := key; at != "" && line == 0; at = parent(at) {
+		line = k.d.lines[at]
+	}
+	k.d.add(line, key, text, args...)
+}
+
+// parent returns the key of the block around key.
+func parent(key string) string {
+	return key[:max(strings.LastIndexAny(key, ".["), 0)]
+}
+
+// name is what hubs and providers may be called: the names appear in paths,
+// commands and URLs.
+var name = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$`)
+
+// helperWords are commands of the helper, so that `access-token show` means one thing.
+var helperWords = []string{"list", "show", "exec", "git-credential", "aws", "kube", "doctor"}
+
+func (k checker) names() {
+	for h := range k.c.Hubs {
+		if !name.MatchString(string(h)) {
+			k.add("hubs."+string(h), "a name is made of letters, digits, dots, dashes and underscores")
+		}
+	}
+	for p := range k.c.Providers {
+		key := "providers." + string(p)
+		if !name.MatchString(string(p)) {
+			k.add(key, "a name is made of letters, digits, dots, dashes and underscores")
+		}
+		if slices.Contains(helperWords, string(p)) {
+			k.add(key, "this name is a command of access-token; choose another")
+		}
+	}
+	if k.c.Host == "" {
+		k.add("host", "the machine has no host name; give it one here")
+	}
+}
+
+func (k checker) hubs() {
+	dirs := map[string]string{}
+	for _, name := range slices.Sorted(maps.Keys(k.c.Hubs)) {
+		h, key := k.c.Hubs[name], "hubs."+string(name)
+		k.socket(key+".socket", h.Socket)
+		// The directory is what gets mounted into a hub's container.
+		dir := filepath.Dir(h.Socket)
+		if other, taken := dirs[dir]; taken {
+			k.add(key+".socket", "needs a directory of its own, and %s is that of %s", dir, other)
+		}
+		dirs[dir] = key + ".socket"
+		k.provider(key+".login", h.Login)
+		if h.Listener != nil {
+			k.listener(key+".listener", h.Listener)
+			k.c.Hubs[name] = h
+		}
+	}
+}
+
+func (k checker) listener(key string, l *ListenerConfig) {
+	host, _, err := net.SplitHostPort(l.Address)
+	if err != nil {
+		k.add(key+".address", "wants host:port")
+		host = ""
+	}
+	l.ClientSecretFile = k.secret(key+".client_secret_file", l.ClientSecretFile, true)
+	if l.TLSCertFile == "" && l.TLSKeyFile == "" {
+		if ip, _ := netip.ParseAddr(host); err == nil && host != "localhost" && !ip.IsLoopback() {
+			k.add(key+".address", "%s can be reached from elsewhere: give tls_cert_file and tls_key_file, or use 127.0.0.1", l.Address)
+		}
+		return
+	}
+	l.TLSCertFile = k.file(key+".tls_cert_file", l.TLSCertFile)
+	l.TLSKeyFile = k.secret(key+".tls_key_file", l.TLSKeyFile, true)
+}
+
+func (k checker) servers() {
+	s := k.c.Servers
+	// Below it lies a directory of 32 letters, and in that broker.sock.
+	k.socket("servers.directory", filepath.Join(s.Directory, strings.Repeat("x", 32), "broker.sock"))
+	if !slices.Contains([]string{"docker", "process"}, s.Attestation) {
+		k.add("servers.attestation", "there is no attestation %q; there are docker and process", s.Attestation)
+	}
+	k.socket("servers.docker.socket", s.Docker.Socket)
+	k.socket("admin.socket", k.c.Admin.Socket)
+	if k.c.Helper != "" {
+		k.c.Helper = k.file("helper", k.c.Helper)
+	}
+	if a := k.c.Audit.File; a != "-" && !filepath.IsAbs(a) {
+		k.add("audit.file", "wants an absolute path, or - for standard output")
+	}
+}
+
+func (k checker) store() {
+	r := &k.c.Store.Redis
+	if r.Socket != "" && r.Address != "" {
+		k.add("store.redis.address", "give either socket or address")
+	}
+	if r.Address != "" {
+		if _, _, err := net.SplitHostPort(r.Address); err != nil {
+			k.add("store.redis.address", "wants host:port")
+		}
+	}
+	if r.Socket != "" {
+		k.socket("store.redis.socket", r.Socket)
+	}
+	if r.DB < 0 {
+		k.add("store.redis.db", "is less than 0")
+	}
+	r.PasswordFile = k.secret("store.redis.password_file", r.PasswordFile, false)
+	r.CAFile = k.optionalFile("store.redis.ca_file", r.CAFile)
+}
+
+func (k checker) keys() {
+	keyset, kek := &k.c.Keys.Keyset, &k.c.Keys.KEKFile
+	for key, file := range map[string]*string{"keys.keyset": keyset, "keys.kek_file": kek} {
+		path := k.f.find(*file)
+		*file = path
+		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
+			k.add(key, "%s does not exist: tokenbroker keys create makes it", path)
+			continue
+		}
+		k.secret(key, path, true)
+	}
+}
+
+// parts opens what can be opened without asking anybody: keys that don't fit
+// together, or certificates that can't be read, are mistakes as well. What is
+// wrong already is not tried.
+func (k checker) parts() {
+	if !k.wrong("keys") {
+		if _, err := seal.Load(k.c.Keys.Keyset, k.c.Keys.KEKFile); err != nil {
+			k.add("keys", "%v", err)
+		}
+	}
+	if !k.wrong("store") {
+		if s, err := openStore(k.c); err != nil {
+			k.add("store.redis", "%v", err)
+		} else {
+			s.Close()
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(k.c.Providers)) {
+		key := "providers." + string(name)
+		if k.wrong(key) {
+			continue
+		}
+		if _, err := openProvider(name, k.c.Providers[name], slog.New(slog.DiscardHandler)); err != nil {
+			k.add(key, "%v", err)
+		}
+	}
+}
+
+// wrong says whether a mistake was found in a block.
+func (k checker) wrong(key string) bool {
+	return slices.ContainsFunc(k.d.mistakes, func(m Mistake) bool { return m.Key == key || strings.HasPrefix(m.Key, key+".") })
+}
+
+func (k checker) providers() {
+	if len(k.c.Providers) == 0 {
+		k.add("providers", "there is none")
+	}
+	for _, name := range slices.Sorted(maps.Keys(k.c.Providers)) {
+		p := k.c.Providers[name]
+		k.oneProvider("providers."+string(name), &p)
+		k.c.Providers[name] = p
+	}
+}
+
+func (k checker) oneProvider(key string, p *ProviderConfig) {
+	if !slices.Contains(oauthprovider.Profiles(), p.Profile) {
+		k.add(key+".profile", "there is no profile %q; there are %s", p.Profile, strings.Join(oauthprovider.Profiles(), ", "))
+	}
+	if p.Issuer == "" && p.Endpoints.Token == "" {
+		k.add(key+".issuer", "is missing; a server without OpenID Connect needs endpoints.token instead")
+	}
+	if p.ClientID == "" {
+		k.add(key+".client_id", "is missing")
+	}
+	if p.ClientSecretFile == "" && p.PrivateKeyFile == "" && p.AuthStyle != "none" {
+		k.add(key+".client_secret_file", "is missing; a public client says auth_style: none")
+	}
+	p.ClientSecretFile = k.secret(key+".client_secret_file", p.ClientSecretFile, false)
+	p.PrivateKeyFile = k.secret(key+".private_key_file", p.PrivateKeyFile, false)
+	p.CAFile = k.optionalFile(key+".ca_file", p.CAFile)
+	if n := broker.Narrowing(p.Narrowing); n != "" && n != broker.ByExchange && n != broker.ByScope && n != broker.Never {
+		k.add(key+".narrowing", "there is no narrowing %q; there are exchange, scope and none", n)
+	}
+	for sub, u := range map[string]string{
+		"issuer": p.Issuer, "discovery_url": p.DiscoveryURL, "proxy": p.Proxy, "redirect_uri": p.RedirectURI,
+		"endpoints.token": p.Endpoints.Token, "endpoints.userinfo": p.Endpoints.Userinfo, "endpoints.jwks": p.Endpoints.JWKS,
+		"endpoints.revocation": p.Endpoints.Revocation, "endpoints.introspection": p.Endpoints.Introspection,
+	} {
+		if v, err := url.Parse(u); u != "" && (err != nil || v.Host == "" || v.Scheme != "https" && v.Scheme != "http") {
+			k.add(key+"."+sub, "is not a URL with http:// or https://")
+		}
+	}
+}
+
+func (k checker) policy() {
+	if len(k.c.Policy) == 0 {
+		k.add("policy", "there is no rule, so that nobody would get a token")
+	}
+	for i, r := range k.c.Policy {
+		key := fmt.Sprintf("policy[%d]", i)
+		k.provider(key+".provider", r.Provider)
+		for j, h := range r.Hubs {
+			if _, ok := k.c.Hubs[h]; !ok {
+				k.add(fmt.Sprintf("%s.hubs[%d]", key, j), "there is no hub %q; there are %s", h, list(k.c.Hubs))
+			}
+		}
+		for j, role := range r.Roles {
+			if p, _, ok := strings.Cut(role, ":"); ok && strings.Contains(role, "/") && !strings.Contains(p, "/") {
+				k.provider(fmt.Sprintf("%s.roles[%d]", key, j), broker.ProviderID(p))
+			}
+		}
+	}
+}
+
+// provider notes a name that no provider has.
+func (k checker) provider(key string, p broker.ProviderID) {
+	if _, ok := k.c.Providers[p]; ok || len(k.c.Providers) == 0 {
+		return
+	}
+	if p == "" {
+		k.add(key, "is missing, and there are several: %s", list(k.c.Providers))
+		return
+	}
+	k.add(key, "there is no provider %q; there are %s", p, list(k.c.Providers))
+}
+
+func list[K cmp.Ordered, V any](m map[K]V) string {
+	return strings.Join(strings.Fields(strings.Trim(fmt.Sprint(slices.Sorted(maps.Keys(m))), "[]")), ", ")
+}
+
+// maxSocket is the longest path of a Unix socket (sun_path, less its end).
+const maxSocket = 107
+
+func (k checker) socket(key, path string) {
+	switch {
+	case !filepath.IsAbs(path):
+		k.add(key, "wants an absolute path")
+	case len(path) > maxSocket:
+		k.add(key, "makes a socket path of %d bytes, and the kernel takes %d: choose a shorter one", len(path), maxSocket)
+	}
+}
+
+// secret notes a secret file that is missing or open to others, and returns its path.
+func (k checker) secret(key, file string, needed bool) string {
+	if file == "" {
+		if needed {
+			k.add(key, "is missing")
+		}
+		return ""
+	}
+	path := k.f.find(file)
+	if _, err := readSecret(path); err != nil {
+		k.add(key, "%s", plain(err))
+	}
+	return path
+}
+
+// file notes a file that is missing, and returns its path.
+func (k checker) file(key, file string) string {
+	if file == "" {
+		k.add(key, "is missing")
+		return ""
+	}
+	path := k.f.find(file)
+	if info, err := os.Stat(path); err != nil {
+		k.add(key, "%s", plain(err))
+	} else if !info.Mode().IsRegular() {
+		k.add(key, "%s is not a file", path)
+	}
+	return path
+}
+
+func (k checker) optionalFile(key, file string) string {
+	if file == "" {
+		return ""
+	}
+	return k.file(key, file)
+}
+
+// plain says an error of the file system as a sentence.
+func plain(err error) string {
+	var p *fs.PathError
+	if !errors.As(err, &p) {
+		return err.Error()
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return p.Path + " does not exist"
+	case errors.Is(err, fs.ErrPermission):
+		return p.Path + " can't be read by this user; run this as the broker does"
+	}
+	return fmt.Sprintf("%s: %v", p.Path, p.Err)
+}

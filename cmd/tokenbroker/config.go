@@ -1,0 +1,360 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"tokenbroker/broker"
+)
+
+// defaultConfigFile is read where --config names no other.
+const defaultConfigFile = "/etc/tokenbroker/tokenbroker.yaml"
+
+// A Config is the configuration file. The comments of its fields are its manual.
+// Only providers and policy have no default. Files that hold secrets must be
+// closed to group and others; relative paths to files are looked for in
+// $CREDENTIALS_DIRECTORY (systemd), then beside the configuration file.
+type Config struct {
+	// Deployment names one Redis and the brokers on it. It is part of every
+	// sealed record's place: with another name nothing old can be read.
+	// Default: default.
+	Deployment string `yaml:"deployment"`
+	// Host names this machine among the brokers of a deployment. Default: the
+	// machine's host name.
+	Host string `yaml:"host"`
+	// Contact is whom users are told to ask. Default: your administrator.
+	Contact string `yaml:"contact"`
+	// Hubs are the JupyterHubs that this broker serves. Default: one called main.
+	Hubs map[broker.HubID]HubConfig `yaml:"hubs"`
+	// Servers says how single-user servers reach the broker.
+	Servers ServersConfig `yaml:"servers"`
+	// Store is where the sealed records lie.
+	Store StoreConfig `yaml:"store"`
+	// Keys seal the records. `tokenbroker keys create` makes them.
+	Keys KeysConfig `yaml:"keys"`
+	// Providers are the OAuth 2.0 and OpenID Connect servers. No default.
+	Providers map[broker.ProviderID]ProviderConfig `yaml:"providers,omitempty"`
+	// Policy is who may have which tokens: the first rule that covers a request
+	// answers it, and what none covers is denied. No default.
+	Policy []RuleConfig `yaml:"policy,omitempty"`
+	// Admin is the socket of the administrator's commands.
+	Admin AdminConfig `yaml:"admin"`
+	// Audit is where the audit lines go.
+	Audit AuditConfig `yaml:"audit"`
+	// Helper is the access-token binary on this host, for the hub to mount into
+	// containers. Default: access-token beside this program or in
+	// ../lib/tokenbroker, if it is there.
+	Helper string `yaml:"helper,omitempty"`
+}
+
+// HubConfig is one JupyterHub.
+type HubConfig struct {
+	// Socket is the hub's own socket, in a directory of its own. Default:
+	// /run/tokenbroker/hubs/NAME/hub.sock.
+	Socket string `yaml:"socket"`
+	// UID is who the hub runs as; nobody else is let in. Default: 0.
+	UID uint32 `yaml:"uid,omitempty"`
+	// Login is the provider that the hub's users log in with. Default: the only one.
+	Login broker.ProviderID `yaml:"login,omitempty"`
+	// Listener is a token endpoint for hubs without our Python half. Default: none.
+	Listener *ListenerConfig `yaml:"listener,omitempty"`
+}
+
+// ListenerConfig is a TCP token endpoint.
+type ListenerConfig struct {
+	// Address is host:port. Without TLS the host must be a loopback address.
+	Address string `yaml:"address,omitempty"`
+	// TLSCertFile and TLSKeyFile are the certificate chain and key, as PEM.
+	TLSCertFile string `yaml:"tls_cert_file,omitempty"`
+	TLSKeyFile  string `yaml:"tls_key_file,omitempty"`
+	// ClientSecretFile holds what the hub must send as client_secret.
+	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
+}
+
+// ServersConfig is about single-user servers.
+type ServersConfig struct {
+	// Directory holds one directory with a socket for each server. Default:
+	// /var/lib/tokenbroker/servers.
+	Directory string `yaml:"directory"`
+	// Attestation is docker, or process for servers without containers, each
+	// under a uid of its own. Default: docker.
+	Attestation string `yaml:"attestation"`
+	// Docker is about the Docker daemon.
+	Docker DockerConfig `yaml:"docker"`
+}
+
+// DockerConfig is about the Docker daemon.
+type DockerConfig struct {
+	// Socket is the daemon's. Default: /var/run/docker.sock.
+	Socket string `yaml:"socket"`
+}
+
+// StoreConfig is where the sealed records lie.
+type StoreConfig struct {
+	Redis RedisConfig `yaml:"redis"`
+}
+
+// RedisConfig is how to reach Redis 6.2 or later.
+type RedisConfig struct {
+	// Socket is a Unix socket. Default, without address: /run/redis/redis-server.sock.
+	Socket string `yaml:"socket,omitempty"`
+	// Address is host:port instead.
+	Address string `yaml:"address,omitempty"`
+	// User is an ACL user. Default: Redis's default user.
+	User string `yaml:"user,omitempty"`
+	// PasswordFile holds the password.
+	PasswordFile string `yaml:"password_file,omitempty"`
+	// TLS switches TLS on; CAFile does, too, and names who signed the server.
+	TLS    bool   `yaml:"tls,omitempty"`
+	CAFile string `yaml:"ca_file,omitempty"`
+	// DB is the database's number.
+	DB int `yaml:"db,omitempty"`
+	// AllowNoPersistence accepts that a restart of Redis logs everybody out.
+	AllowNoPersistence bool `yaml:"allow_no_persistence,omitempty"`
+}
+
+// KeysConfig is the keyset and the key that opens it.
+type KeysConfig struct {
+	// Keyset is the wrapped keyset. Default: keyset.json.
+	Keyset string `yaml:"keyset"`
+	// KEKFile is the key-encryption key. Default: kek.
+	KEKFile string `yaml:"kek_file"`
+}
+
+// ProviderConfig is one OAuth 2.0 or OpenID Connect server.
+type ProviderConfig struct {
+	// Profile names the server's quirks. Default: generic.
+	Profile string `yaml:"profile"`
+	// Issuer is the OpenID Connect issuer, exactly as the server states it.
+	Issuer string `yaml:"issuer,omitempty"`
+	// DiscoveryURL is where to read the issuer's metadata if not from the issuer.
+	DiscoveryURL string `yaml:"discovery_url,omitempty"`
+	// Endpoints stand in for discovery.
+	Endpoints EndpointsConfig `yaml:"endpoints,omitempty"`
+	// ClientID is the client that the hub's logins are made with.
+	ClientID string `yaml:"client_id,omitempty"`
+	// ClientSecretFile holds its secret. The hub needs it no more.
+	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
+	// PrivateKeyFile signs assertions in place of a secret.
+	PrivateKeyFile string `yaml:"private_key_file,omitempty"`
+	// AuthStyle is how the client authenticates. Default: the profile's.
+	AuthStyle string `yaml:"auth_style,omitempty"`
+	// CAFile holds who signed the server's certificate. Default: the system's.
+	CAFile string `yaml:"ca_file,omitempty"`
+	// Proxy is the URL of an HTTP proxy. Default: none, whatever the environment says.
+	Proxy string `yaml:"proxy,omitempty"`
+	// RedirectURI is the only one that a login may name. Default: any.
+	RedirectURI string `yaml:"redirect_uri,omitempty"`
+	// Roles are the claims that policy sees as roles; a dot steps into an
+	// object, as in realm_access.roles. Default: roles and groups.
+	Roles []string `yaml:"roles,omitempty"`
+	// Audiences maps an audience to the scopes that must be asked for with it.
+	Audiences map[string][]string `yaml:"audiences,omitempty"`
+	// Narrowing is exchange, scope or none. Default: the profile's.
+	Narrowing string `yaml:"narrowing,omitempty"`
+	// Adopt takes refresh tokens that the hub has from before the broker.
+	Adopt bool `yaml:"adopt,omitempty"`
+}
+
+// EndpointsConfig names a server's endpoints.
+type EndpointsConfig struct {
+	Token         string `yaml:"token,omitempty"`
+	Userinfo      string `yaml:"userinfo,omitempty"`
+	JWKS          string `yaml:"jwks,omitempty"`
+	Revocation    string `yaml:"revocation,omitempty"`
+	Introspection string `yaml:"introspection,omitempty"`
+}
+
+// RuleConfig is one rule of the policy. All that it names must fit.
+type RuleConfig struct {
+	// Hubs, Users, Servers, Images and Roles say who: any of each list will do,
+	// and a list that is absent allows all. In images * stands for any text. A
+	// role is value, claim/value or provider:claim/value.
+	Hubs    []broker.HubID      `yaml:"hubs,omitempty"`
+	Users   []broker.UserID     `yaml:"users,omitempty"`
+	Servers []broker.ServerName `yaml:"servers,omitempty"`
+	Images  []string            `yaml:"images,omitempty"`
+	Roles   []string            `yaml:"roles,omitempty"`
+	// Provider is whose tokens. Default: the only one.
+	Provider broker.ProviderID `yaml:"provider,omitempty"`
+	// Audiences and Scopes are what may be asked for.
+	Audiences []string `yaml:"audiences,omitempty"`
+	Scopes    []string `yaml:"scopes,omitempty"`
+	// MaxTTL refuses tokens that live longer. Default: any.
+	MaxTTL time.Duration `yaml:"max_ttl,omitempty"`
+	// Unverified allows tokens that can't be read, so that nobody checks what
+	// the provider put into them.
+	Unverified bool `yaml:"unverified,omitempty"`
+}
+
+// AdminConfig is the socket of the administrator's commands.
+type AdminConfig struct {
+	// Socket is open to root and the broker's user. Default:
+	// /run/tokenbroker/admin.sock.
+	Socket string `yaml:"socket"`
+}
+
+// AuditConfig is where the audit lines go.
+type AuditConfig struct {
+	// File is a path, or - for standard output. Default: -.
+	File string `yaml:"file"`
+}
+
+// load reads, completes and checks a configuration file. If anything is wrong
+// with it, the error is Mistakes and names all of it.
+func load(path string) (*Config, error) {
+	path, err := filepath.Abs(path)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("read configuration: %w", err)
+	}
+	c, d := parse(data)
+	dirs := []string{filepath.Dir(path)}
+	if credentials := os.Getenv("CREDENTIALS_DIRECTORY"); credentials != "" {
+		dirs = append([]string{credentials}, dirs...)
+	}
+	// A file whose shape is wrong is still checked: whoever has made three
+	// mistakes wants to hear of all three at once.
+	if !d.broken {
+		check(c, d, files(dirs))
+	}
+	if len(d.mistakes) > 0 {
+		d.mistakes.sort()
+		return nil, d.mistakes
+	}
+	return c, nil
+}
+
+// parse reads data and fills in the defaults.
+func parse(data []byte) (*Config, *decoder) {
+	var c Config
+	d := decode(data, &c)
+	c.fill()
+	return &c, d
+}
+
+// fill sets the defaults.
+func (c *Config) fill() {
+	if c.Host == "" {
+		c.Host, _ = os.Hostname()
+	}
+	def(&c.Deployment, "default")
+	def(&c.Contact, "your administrator")
+	if c.Hubs == nil {
+		c.Hubs = map[broker.HubID]HubConfig{"main": {}}
+	}
+	for name, h := range c.Hubs {
+		def(&h.Socket, "/run/tokenbroker/hubs/"+string(name)+"/hub.sock")
+		def(&h.Login, c.onlyProvider())
+		c.Hubs[name] = h
+	}
+	def(&c.Servers.Directory, "/var/lib/tokenbroker/servers")
+	def(&c.Servers.Attestation, "docker")
+	def(&c.Servers.Docker.Socket, "/var/run/docker.sock")
+	if c.Store.Redis.Address == "" {
+		def(&c.Store.Redis.Socket, "/run/redis/redis-server.sock")
+	}
+	def(&c.Keys.Keyset, "keyset.json")
+	def(&c.Keys.KEKFile, "kek")
+	for name, p := range c.Providers {
+		def(&p.Profile, "generic")
+		if p.Roles == nil {
+			p.Roles = []string{"roles", "groups"}
+		}
+		c.Providers[name] = p
+	}
+	for i := range c.Policy {
+		def(&c.Policy[i].Provider, c.onlyProvider())
+	}
+	def(&c.Admin.Socket, "/run/tokenbroker/admin.sock")
+	def(&c.Audit.File, "-")
+	def(&c.Helper, helperNearby())
+}
+
+func def[T comparable](p *T, value T) { *p = cmp.Or(*p, value) }
+
+// onlyProvider returns the provider's name if there is exactly one.
+func (c *Config) onlyProvider() broker.ProviderID {
+	if len(c.Providers) == 1 {
+		for name := range c.Providers {
+			return name
+		}
+	}
+	return ""
+}
+
+// helperNearby returns the path of the helper if it lies beside this program or
+// where programs keep what is not for the command line.
+func helperNearby() string {
+	self, err := os.Executable()
+	if err != nil {
+		return ""
+	}
+	bin := filepath.Dir(self)
+	for _, dir := range []string{bin, filepath.Join(filepath.Dir(bin), "lib", "tokenbroker")} {
+		path := filepath.Join(dir, "access-token")
+		if i, err := os.Stat(path); err == nil && i.Mode().IsRegular() {
+			return path
+		}
+	}
+	return ""
+}
+
+// files finds the files that a configuration names.
+type files []string
+
+// find returns the path of a file: the first directory that has it, else in
+// the last one.
+func (dirs files) find(name string) string {
+	if filepath.IsAbs(name) {
+		return name
+	}
+	var path string
+	for _, dir := range dirs {
+		path = filepath.Join(dir, name)
+		if _, err := os.Stat(path); err == nil {
+			break
+		}
+	}
+	return path
+}
+
+// readSecret reads a secret that nobody but its owner may read.
+func readSecret(path string) (broker.Secret, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return broker.Secret{}, err
+	}
+	defer f.Close()
+	info, err := f.Stat()
+	if err != nil {
+		return broker.Secret{}, err
+	}
+	switch {
+	case !info.Mode().IsRegular():
+		return broker.Secret{}, fmt.Errorf("%s is not a file", path)
+	case info.Mode().Perm()&0o077 != 0:
+		return broker.Secret{}, fmt.Errorf("%s may be read by others (mode %04o): chmod 0400 %s", path, info.Mode().Perm(), path)
+	case info.Size() > maxSecret:
+		return broker.Secret{}, fmt.Errorf("%s is too large for a secret", path)
+	}
+	data := make([]byte, info.Size())
+	if _, err := f.ReadAt(data, 0); err != nil && len(data) > 0 {
+		return broker.Secret{}, err
+	}
+	s := strings.TrimRight(string(data), "\r\n")
+	if s == "" {
+		return broker.Secret{}, fmt.Errorf("%s is empty", path)
+	}
+	return broker.NewSecret(s), nil
+}
+
+// maxSecret is more than any key or password has.
+const maxSecret = 64 << 10

@@ -1,0 +1,277 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"go.yaml.in/yaml/v3"
+
+	"tokenbroker/broker"
+	"tokenbroker/broker/seal"
+)
+
+// minimal is all that a site has to write.
+const minimal = `providers:
+  keycloak:
+    issuer: https://sso.example.org/realms/lab
+    client_id: jupyterhub
+    client_secret_file: secret
+policy:
+- roles: [researcher]
+  audiences: [storage]
+  max_ttl: 5m
+`
+
+// site writes a configuration file with the secrets that it names, and
+// returns its path.
+func site(t *testing.T, text string) string {
+	t.Helper()
+	dir := t.TempDir()
+	write(t, filepath.Join(dir, "secret"), "s3cret\n", 0o400)
+	write(t, filepath.Join(dir, "wrong-kek"), "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\n", 0o400)
+	if err := seal.Create(filepath.Join(dir, "keyset.json"), filepath.Join(dir, "kek")); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "tokenbroker.yaml")
+	write(t, path, text, 0o644)
+	return path
+}
+
+func write(t *testing.T, path, text string, mode os.FileMode) {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), mode); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chmod(path, mode); err != nil { // whatever the umask says
+		t.Fatal(err)
+	}
+}
+
+// mistakes loads text and returns what is wrong with it, one mistake a line.
+func mistakes(t *testing.T, text string) []string {
+	t.Helper()
+	path := site(t, text)
+	_, err := load(path)
+	if err == nil {
+		return nil
+	}
+	var wrong Mistakes
+	if !errors.As(err, &wrong) {
+		t.Fatalf("load: %v", err)
+	}
+	return strings.Split(strings.ReplaceAll(wrong.Error(), filepath.Dir(path), "DIR"), "\n")
+}
+
+func TestAMinimalFileIsCompleted(t *testing.T) {
+	path := site(t, minimal)
+	got, err := load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	host, _ := os.Hostname()
+	dir := filepath.Dir(path)
+	want := &Config{
+		Deployment: "default", Host: host, Contact: "your administrator",
+		Hubs:    map[broker.HubID]HubConfig{"main": {Socket: "/run/tokenbroker/hubs/main/hub.sock", Login: "keycloak"}},
+		Servers: ServersConfig{Directory: "/var/lib/tokenbroker/servers", Attestation: "docker", Docker: DockerConfig{Socket: "/var/run/docker.sock"}},
+		Store:   StoreConfig{RedisConfig{Socket: "/run/redis/redis-server.sock"}},
+		Keys:    KeysConfig{filepath.Join(dir, "keyset.json"), filepath.Join(dir, "kek")},
+		Providers: map[broker.ProviderID]ProviderConfig{"keycloak": {
+			Profile: "generic", Issuer: "https://sso.example.org/realms/lab", ClientID: "jupyterhub",
+			ClientSecretFile: filepath.Join(dir, "secret"), Roles: []string{"roles", "groups"},
+		}},
+		Policy: []RuleConfig{{Roles: []string{"researcher"}, Provider: "keycloak", Audiences: []string{"storage"}, MaxTTL: 5 * time.Minute}},
+		Admin:  AdminConfig{"/run/tokenbroker/admin.sock"},
+		Audit:  AuditConfig{"-"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("load (-want +got):\n%s", diff)
+	}
+}
+
+func TestEveryMistakeIsNamedAtOnce(t *testing.T) {
+	got := mistakes(t, `deploymnt: lab
+hubs:
+  main: {login: keykloak, uid: root}
+servers: {attestation: magic}
+providers:
+  keycloak:
+    profile: keycloack
+    issuer: sso.example.org
+    client_id: jupyterhub
+    client_secret_file: absent
+policy:
+- {roles: [researcher], provider: github, max_ttl: 5}
+- {audiences: storage}
+`)
+	want := []string{
+		`line 1: deploymnt: unknown key; did you mean deployment?`,
+		`line 3: hubs.main.login: there is no provider "keykloak"; there are keycloak`,
+		`line 3: hubs.main.uid: "root" is not a number`,
+		`line 4: servers.attestation: there is no attestation "magic"; there are docker and process`,
+		`line 7: providers.keycloak.profile: there is no profile "keycloack"; there are generic, keycloak`,
+		`line 8: providers.keycloak.issuer: is not a URL with http:// or https://`,
+		`line 10: providers.keycloak.client_secret_file: DIR/absent does not exist`,
+		`line 12: policy[0].max_ttl: "5" is not a time with its unit, like 90s or 5m`,
+		`line 12: policy[0].provider: there is no provider "github"; there are keycloak`,
+		`line 13: policy[1].audiences: wants a list`,
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("load (-want +got):\n%s", diff)
+	}
+}
+
+func TestMistakes(t *testing.T) {
+	long := "/" + strings.Repeat("x", 100)
+	for _, tt := range []struct{ why, text, want string }{
+		{"nothing at all", "", "the file is empty"},
+		{"nothing but a comment", "# hello\n", "the file is empty"},
+		{"a list", "- a\n", "line 1: wants a block of keys"},
+		{"no YAML", "providers: [\n", "line 1: did not find expected node content"},
+		{"two documents", minimal + "---\na: 1\n", "the file holds more than one document"},
+		{"a key twice", minimal + "contact: a\ncontact: b\n", "line 11: contact: is here twice, first in line 10"},
+		{"a key without a value", minimal + "contact:\n", "line 10: contact: has no value"},
+		{"a key that is a list", minimal + "? [a]\n: b\n", "has a key that is not a word"},
+		{"a merge key", minimal + "servers: {<<: {attestation: process}}\n", "servers.<<: unknown key"},
+		{"an unknown key like nothing else", minimal + "frobnicate: 1\n", "frobnicate: unknown key; known are admin, audit,"},
+		{"a truth value for a text", minimal + "contact: yes\nhost: true\n", `host: "true" is not a text`},
+		{"a negative time", minimal + "- {max_ttl: -5m}\n", `policy[1].max_ttl: "-5m" is not a time`},
+		{"a negative uid", minimal + "hubs: {main: {uid: -1}}\n", `hubs.main.uid: "-1" is not a number`},
+		{"no provider", "policy: [{roles: [a]}]\n", "providers: there is none"},
+		{"no policy", strings.Split(minimal, "policy:")[0], "policy: there is no rule"},
+		{"a hub's socket that is too long", minimal + "hubs: {main: {socket: " + long + "/hub.sock}}\n", "hubs.main.socket: makes a socket path of 110 bytes, and the kernel takes 107"},
+		{"the admin socket", minimal + "admin: {socket: " + long + "/admin.sock}\n", "admin.socket: makes a socket path of 112 bytes"},
+		{"a server's socket", minimal + "servers: {directory: " + long + "}\n", "servers.directory: makes a socket path of 146 bytes"},
+		{"a relative socket", minimal + "admin: {socket: admin.sock}\n", "admin.socket: wants an absolute path"},
+		{"two hubs in one directory", minimal + "hubs: {a: {socket: /run/x/a.sock}, b: {socket: /run/x/b.sock}}\n", "hubs.b.socket: needs a directory of its own, and /run/x is that of hubs.a.socket"},
+		{"a hub's name that is a path", minimal + "hubs: {../x: {}}\n", "hubs.../x: a name is made of letters"},
+		{"a provider called like a command", strings.Replace(minimal, "keycloak:", "list:", 1), "providers.list: this name is a command of access-token"},
+		{"no client", strings.Replace(minimal, "client_id: jupyterhub", "adopt: true", 1), "providers.keycloak.client_id: is missing"},
+		{"no client secret", strings.Replace(minimal, "client_secret_file: secret", "adopt: true", 1), "client_secret_file: is missing; a public client says auth_style: none"},
+		{"no issuer", strings.Replace(minimal, "issuer: https://sso.example.org/realms/lab", "adopt: true", 1), "issuer: is missing; a server without OpenID Connect needs endpoints.token"},
+		{"an unknown hub in a rule", minimal + "- {hubs: [other]}\n", `policy[1].hubs[0]: there is no hub "other"; there are main`},
+		{"an unknown provider in a role", minimal + "- {roles: [github:org/lab]}\n", `policy[1].roles[0]: there is no provider "github"`},
+		{"a role with a colon of its own", minimal + "- {roles: ['urn:x', 'groups/a:b']}\n", ""},
+		{"a narrowing that is none", strings.Replace(minimal, "client_id", "narrowing: some\n    client_id", 1), `there is no narrowing "some"`},
+		{"an authentication that is none", strings.Replace(minimal, "client_id", "auth_style: magic\n    client_id", 1), "line 2: providers.keycloak: auth_style: it is client_secret_basic"},
+		{"an authority that is none", strings.Replace(minimal, "client_id", "ca_file: secret\n    client_id", 1), "line 2: providers.keycloak: "},
+		{"a key that opens another keyset", minimal + "keys: {kek_file: wrong-kek}\n", "line 10: keys: "},
+		{"a Redis socket that is too long", minimal + "store: {redis: {socket: " + long + "/redis.sock}}\n", "store.redis.socket: makes a socket path of 112 bytes"},
+		{"a user of Redis without a password", minimal + "store: {redis: {user: tb}}\n", "line 10: store.redis: "},
+		{"Redis twice", minimal + "store: {redis: {socket: /x, address: 'y:1'}}\n", "store.redis.address: give either socket or address"},
+		{"Redis without a port", minimal + "store: {redis: {address: y}}\n", "store.redis.address: wants host:port"},
+		{"a listener for everybody", minimal + "hubs: {main: {listener: {address: '0.0.0.0:1', client_secret_file: secret}}}\n", "hubs.main.listener.address: 0.0.0.0:1 can be reached from elsewhere"},
+		{"a listener on this machine", minimal + "hubs: {main: {listener: {address: '127.0.0.1:1', client_secret_file: secret}}}\n", ""},
+		{"a listener without a secret", minimal + "hubs: {main: {listener: {address: '[::1]:1'}}}\n", "hubs.main.listener.client_secret_file: is missing"},
+		{"a key of a listener without its certificate", minimal + "hubs: {main: {listener: {address: 'a:1', client_secret_file: secret, tls_key_file: secret}}}\n", "hubs.main.listener.tls_cert_file: is missing"},
+		{"an audit beside nothing", minimal + "audit: {file: audit.log}\n", "audit.file: wants an absolute path"},
+		{"a helper that is not there", minimal + "helper: /nowhere/access-token\n", "helper: /nowhere/access-token does not exist"},
+		{"keys that are not there", minimal + "keys: {kek_file: /nowhere/kek}\n", "keys.kek_file: /nowhere/kek does not exist: tokenbroker keys create makes it"},
+		{"the default server by its name", minimal + "- {servers: ['', gpu]}\n", ""},
+		{"a text that looks like a number", minimal + "deployment: 42\n", ""},
+		{"an anchor", strings.Replace(minimal, "[researcher]", "&r [researcher]", 1) + "- {roles: *r}\n", ""},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			got := strings.Join(mistakes(t, tt.text), "\n")
+			if !strings.Contains(got, tt.want) || tt.want == "" && got != "" {
+				t.Errorf("load: got %q, want %q", got, tt.want)
+			}
+		})
+	}
+}
+
+func TestSeveralProvidersNeedNaming(t *testing.T) {
+	got := strings.Join(mistakes(t, `providers:
+  a: &p {issuer: "https://a", client_id: a, client_secret_file: secret}
+  b: *p
+policy: [{roles: [x]}]
+`), "\n")
+	for _, want := range []string{
+		"hubs.main.login: is missing, and there are several: a, b",
+		"line 4: policy[0].provider: is missing, and there are several: a, b",
+	} {
+		if !strings.Contains(got, want) {
+			t.Errorf("load: got %q, want %q", got, want)
+		}
+	}
+}
+
+func TestSecretFilesAreClosedToOthers(t *testing.T) {
+	for _, tt := range []struct {
+		mode os.FileMode
+		text string
+		want string
+	}{
+		{0o400, "x", ""},
+		{0o600, "x", ""},
+		{0o440, "x", "DIR/it may be read by others (mode 0440): chmod 0400 DIR/it"},
+		{0o604, "x", "DIR/it may be read by others (mode 0604): chmod 0400 DIR/it"},
+		{0o400, "\n", "DIR/it is empty"},
+		{0o400, strings.Repeat("x", 1<<20), "DIR/it is too large for a secret"},
+	} {
+		t.Run(fmt.Sprintf("%04o %d", tt.mode, len(tt.text)), func(t *testing.T) {
+			path := site(t, strings.Replace(minimal, "file: secret", "file: it", 1))
+			write(t, filepath.Join(filepath.Dir(path), "it"), tt.text, tt.mode)
+			_, err := load(path)
+			got := strings.ReplaceAll(fmt.Sprint(err), filepath.Dir(path), "DIR")
+			want := "<nil>"
+			if tt.want != "" {
+				want = "line 5: providers.keycloak.client_secret_file: " + tt.want
+			}
+			if got != want {
+				t.Errorf("load: got %q, want %q", got, want)
+			}
+		})
+	}
+}
+
+func TestSystemdCredentialsComeFirst(t *testing.T) {
+	path, credentials := site(t, minimal), t.TempDir()
+	t.Setenv("CREDENTIALS_DIRECTORY", credentials)
+	write(t, filepath.Join(credentials, "secret"), "from systemd", 0o400)
+	c, err := load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := c.Providers["keycloak"].ClientSecretFile, filepath.Join(credentials, "secret"); got != want {
+		t.Errorf("client_secret_file: got %s, want %s", got, want)
+	}
+	if got, want := c.Keys.KEKFile, filepath.Join(filepath.Dir(path), "kek"); got != want {
+		t.Errorf("kek_file: got %s, want %s", got, want)
+	}
+}
+
+// Whatever the file holds: the parser returns, each mistake has a text, and a
+// file without mistakes means the same when it is printed and read again.
+func FuzzParse(f *testing.F) {
+	f.Add([]byte(minimal))
+	f.Add([]byte("hubs: {main: {listener: {address: '[::1]:1'}}}\nstore: {redis: {db: 1, tls: true}}\n"))
+	f.Add([]byte("a: &a [*a]\nb: *a\n"))
+	f.Add([]byte("policy: [{max_ttl: 5m, roles: [a, 1, true, ~]}]\n<<: *x"))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		c, d := parse(data)
+		for _, m := range d.mistakes {
+			if m.Text == "" || m.Line < 0 {
+				t.Errorf("a mistake without a text or place: %+v", m)
+			}
+		}
+		if len(d.mistakes) == 0 {
+			printed, err := yaml.Marshal(c)
+			if err != nil {
+				t.Fatal(err)
+			}
+			again, d := parse(printed)
+			if diff := cmp.Diff(c, again, cmpopts.EquateEmpty()); diff != "" || len(d.mistakes) > 0 {
+				t.Errorf("printed and read again: %v\n%s\n%s", d.mistakes, diff, printed)
+			}
+		}
+		check(c, d, files{t.TempDir()})
+	})
+}

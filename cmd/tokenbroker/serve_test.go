@@ -1,0 +1,173 @@
+//go:build !release
+
+package main
+
+import (
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"tokenbroker/broker/devidp"
+)
+
+// newTestWorld is the demo's world, with its configuration changed.
+func newTestWorld(t *testing.T, change func(*Config)) *world {
+	t.Helper()
+	w := &world{stderr: io.Discard}
+	var err error
+	if w.dir, err = os.MkdirTemp("/tmp", "tb"); err != nil {
+		t.Fatal(err)
+	}
+	w.onClose(func() error { return os.RemoveAll(w.dir) })
+	t.Cleanup(func() {
+		if err := w.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	log := slog.New(slog.DiscardHandler)
+	for _, start := range []func() error{
+		func() error { return w.startIDP(t.Context(), log) },
+		func() error { return w.startRedis(t.Context(), log) },
+		func() error { return w.configure(t.Context(), log) },
+		func() error { change(w.cfg); return w.startBroker(t.Context(), log) },
+	} {
+		if err := start(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return w
+}
+
+func TestARefreshUnderWayWhenTheBrokerStopsIsAnsweredAndStored(t *testing.T) {
+	w := newTestWorld(t, func(*Config) {})
+	if _, err := w.hub.login(t.Context(), "alice"); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.hub.claim(t.Context(), "alice"); err != nil {
+		t.Fatal(err)
+	}
+	w.redis.SetTime(time.Now().Add(time.Hour)) // the store's clock counts: all tokens have ended
+	arrived, release := w.idp.Hold()
+	answered := make(chan error, 1)
+	go func() {
+		var err error
+		for err == nil && w.idp.Requests()[devidp.Refresh] == 0 { // until the broker has looked at the clock
+			err = w.hub.refresh(t.Context())
+		}
+		answered <- err
+	}()
+	<-arrived
+	before, _ := w.redis.records()
+	w.stop()
+	release()
+	if err := <-answered; err != nil {
+		t.Errorf("the hub's request: %v", err)
+	}
+	if err := <-w.ended; err != nil {
+		t.Errorf("serve: %v", err)
+	}
+	w.ended <- nil // for close
+	after, _ := w.redis.records()
+	for key := range after {
+		if kindOf(key) == "grant" && string(before[key]) == string(after[key]) {
+			t.Errorf("%s was not stored", key)
+		}
+	}
+}
+
+func TestTheListenerWantsItsSecret(t *testing.T) {
+	address := freeAddress(t)
+	w := newTestWorld(t, func(c *Config) {
+		secret := filepath.Join(filepath.Dir(c.Keys.KEKFile), "hub-secret")
+		write(t, secret, "the hub's", 0o400)
+		h := c.Hubs["main"]
+		h.Listener = &ListenerConfig{Address: address, ClientSecretFile: secret}
+		c.Hubs["main"] = h
+	})
+	code, verifier, err := devidp.CodeFor(t.Context(), w.idp.issuer, "jupyterhub", hubCallback, "alice", "openid", "storage")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct{ secret, want string }{
+		{"another's", "the hub's client secret is missing or not the one"},
+		{"the hub's", `"refresh_token":"tbh_`},
+	} {
+		resp, err := http.PostForm("http://"+address+"/oauth2/token/devidp", url.Values{
+			"grant_type": {"authorization_code"}, "code": {code}, "code_verifier": {verifier},
+			"redirect_uri": {hubCallback}, "client_secret": {tt.secret},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if !strings.Contains(string(text), tt.want) {
+			t.Errorf("with secret %q: got %s, want %s", tt.secret, text, tt.want)
+		}
+	}
+}
+
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func TestTheSearchFindsWhatItLooksFor(t *testing.T) {
+	places := map[string][]byte{"a": []byte("nothing"), "b": []byte("xx refresh-1 xx")}
+	if !leaks(places, "other", "refresh-1") || leaks(places, "refresh-2") {
+		t.Error("leaks doesn't tell")
+	}
+}
+
+func TestSystemdIsToldWhatItAskedFor(t *testing.T) {
+	dir, err := os.MkdirTemp("/tmp", "tb")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	path := filepath.Join(dir, "notify")
+	l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	t.Setenv("NOTIFY_SOCKET", path)
+	if err := notify("READY=1"); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 64)
+	n, err := l.Read(got)
+	if err != nil || string(got[:n]) != "READY=1" {
+		t.Errorf("notify sent %q, %v", got[:n], err)
+	}
+	t.Setenv("NOTIFY_SOCKET", "")
+	if err := notify("READY=1"); err != nil {
+		t.Errorf("nobody asked: %v", err)
+	}
+}
+
+func TestAHelperThatImagesCanNotRunIsFound(t *testing.T) {
+	script := filepath.Join(t.TempDir(), "access-token")
+	write(t, script, "#!/bin/sh\n", 0o755)
+	got := checkHelper(t.Context(), &Config{Helper: script})
+	if got[0].Result != "FAILS" || !strings.Contains(got[0].Detail, "is not a Linux program") {
+		t.Errorf("a script: %+v", got)
+	}
+	write(t, script, "#!/bin/sh\n", 0o700)
+	got = checkHelper(t.Context(), &Config{Helper: script})
+	if got[0].Result != "FAILS" || !strings.Contains(got[0].Detail, "chmod 0755") {
+		t.Errorf("a closed one: %+v", got)
+	}
+}

@@ -1,0 +1,245 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"maps"
+	"os"
+	"slices"
+
+	"tokenbroker/broker"
+	"tokenbroker/broker/oauthprovider"
+	"tokenbroker/broker/peersocket"
+	"tokenbroker/broker/redisstore"
+	"tokenbroker/broker/seal"
+	"tokenbroker/spawnerhook"
+)
+
+// parts are what a broker stands on. Opening them asks nobody anything, so
+// that a broker starts whatever is down beside it; Check is for that.
+type parts struct {
+	sockets   *peersocket.Servers
+	store     *redisstore.Store
+	keys      *seal.Keyset
+	attestor  attestor
+	providers []broker.Provider
+	audit     io.WriteCloser
+}
+
+// An attestor may hold files of the kernel.
+type attestor interface {
+	broker.Attestor
+	io.Closer
+}
+
+// open opens the parts that cfg describes. stdout is where an audit without a
+// file goes.
+func open(cfg *Config, stdout io.Writer, log *slog.Logger) (_ *parts, err error) {
+	p := &parts{}
+	defer func() {
+		if err != nil {
+			p.close()
+		}
+	}()
+	// First, since it keeps a second broker from touching anything.
+	if p.sockets, err = peersocket.NewServers(cfg.Servers.Directory, log); err != nil {
+		return nil, err
+	}
+	if p.attestor, err = openAttestor(cfg, p.sockets.Directory, log); err != nil {
+		return nil, err
+	}
+	if p.audit, err = openAudit(cfg.Audit.File, stdout); err != nil {
+		return nil, err
+	}
+	if p.keys, err = seal.Load(cfg.Keys.Keyset, cfg.Keys.KEKFile); err != nil {
+		return nil, err
+	}
+	if p.store, err = openStore(cfg); err != nil {
+		return nil, err
+	}
+	p.providers, err = openProviders(cfg, log)
+	return p, err
+}
+
+// close closes what is open, in the order in which it may be needed.
+func (p *parts) close() error {
+	var errs []error
+	if p.sockets != nil {
+		errs = append(errs, p.sockets.Shutdown())
+	}
+	if p.attestor != nil {
+		errs = append(errs, p.attestor.Close())
+	}
+	if p.store != nil {
+		errs = append(errs, p.store.Close())
+	}
+	if p.audit != nil {
+		errs = append(errs, p.audit.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// broker joins the parts.
+func (p *parts) broker(cfg *Config, log *slog.Logger) (*broker.Broker, error) {
+	hubs := map[broker.HubID]broker.Hub{}
+	for name, h := range cfg.Hubs {
+		hubs[name] = broker.Hub{Login: h.Login}
+	}
+	return broker.New(broker.Config{
+		Deployment: cfg.Deployment, Host: broker.HostID(cfg.Host), Contact: cfg.Contact, Version: versionText(),
+		Hubs: hubs, Providers: p.providers, Rules: rules(cfg.Policy),
+		Store: p.store, Keys: p.keys, Attestor: p.attestor, Sockets: p.sockets,
+		Audit: p.audit, Log: log, Helper: cfg.Helper,
+	})
+}
+
+func rules(policy []RuleConfig) []broker.Rule {
+	var rules []broker.Rule
+	for _, r := range policy {
+		rules = append(rules, broker.Rule(r))
+	}
+	return rules
+}
+
+func openAttestor(cfg *Config, directory func(broker.ServerKey) (string, error), log *slog.Logger) (attestor, error) {
+	if cfg.Servers.Attestation == "process" {
+		return processAttestor{spawnerhook.NewProcess()}, nil
+	}
+	d, err := spawnerhook.NewDocker(spawnerhook.DockerConfig{Socket: cfg.Servers.Docker.Socket, Directory: directory, Log: log})
+	if err != nil { // a nil *Docker in an interface would not be nil
+		return nil, err
+	}
+	return d, nil
+}
+
+// processAttestor has nothing to close.
+type processAttestor struct{ *spawnerhook.Process }
+
+// Close does nothing.
+func (processAttestor) Close() error { return nil }
+
+// openAudit opens the audit file for its owner only, or takes stdout.
+func openAudit(file string, stdout io.Writer) (io.WriteCloser, error) {
+	if file == "-" {
+		return keepOpen{stdout}, nil
+	}
+	f, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
+	if err != nil {
+		return nil, fmt.Errorf("audit.file: %w", err)
+	}
+	return f, nil
+}
+
+// keepOpen is a writer that somebody else closes.
+type keepOpen struct{ io.Writer }
+
+// Close leaves the writer open.
+func (keepOpen) Close() error { return nil }
+
+func openStore(cfg *Config) (*redisstore.Store, error) {
+	r := cfg.Store.Redis
+	c := redisstore.Config{
+		Deployment: cfg.Deployment, Socket: r.Socket, Addr: r.Address, User: r.User, DB: r.DB,
+		AllowNoPersistence: r.AllowNoPersistence,
+	}
+	var err error
+	if r.PasswordFile != "" {
+		if c.Password, err = readSecret(r.PasswordFile); err != nil {
+			return nil, fmt.Errorf("store.redis.password_file: %w", err)
+		}
+	}
+	if r.TLS || r.CAFile != "" {
+		if c.TLS, err = clientTLS(r.CAFile); err != nil {
+			return nil, fmt.Errorf("store.redis.ca_file: %w", err)
+		}
+	}
+	return redisstore.Open(c)
+}
+
+// clientTLS trusts the authorities in a file, or the system's.
+func clientTLS(caFile string) (*tls.Config, error) {
+	c := &tls.Config{MinVersion: tls.VersionTLS12}
+	if caFile == "" {
+		return c, nil
+	}
+	pem, err := os.ReadFile(caFile)
+	if err != nil {
+		return nil, err
+	}
+	c.RootCAs = x509.NewCertPool()
+	if !c.RootCAs.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("%s holds no certificate", caFile)
+	}
+	return c, nil
+}
+
+func openProviders(cfg *Config, log *slog.Logger) ([]broker.Provider, error) {
+	var all []broker.Provider
+	for _, name := range slices.Sorted(maps.Keys(cfg.Providers)) {
+		p, err := openProvider(name, cfg.Providers[name], log)
+		if err != nil {
+			return nil, fmt.Errorf("providers.%s: %w", name, err)
+		}
+		all = append(all, p)
+	}
+	return all, nil
+}
+
+func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (broker.Provider, error) {
+	var secret broker.Secret
+	if c.ClientSecretFile != "" {
+		var err error
+		if secret, err = readSecret(c.ClientSecretFile); err != nil {
+			return nil, fmt.Errorf("client_secret_file: %w", err)
+		}
+	}
+	return oauthprovider.New(oauthprovider.Config{
+		Name: name, Profile: c.Profile, Issuer: c.Issuer, DiscoveryURL: c.DiscoveryURL,
+		Endpoints: oauthprovider.Endpoints(c.Endpoints),
+		ClientID:  c.ClientID, ClientSecret: secret, AuthStyle: c.AuthStyle, PrivateKeyFile: c.PrivateKeyFile,
+		CAFile: c.CAFile, Proxy: c.Proxy, RedirectURI: c.RedirectURI, Roles: c.Roles, Audiences: c.Audiences,
+		Narrowing: broker.Narrowing(c.Narrowing), Adopt: c.Adopt, Log: log,
+	})
+}
+
+// serve is the life of a broker: open, join, run, and close in reverse. It
+// returns when ctx ends or a part gives up. ready is called once everything
+// answers.
+func serve(ctx context.Context, cfg *Config, stdout io.Writer, log *slog.Logger, ready func(*broker.Broker)) (err error) {
+	p, err := open(cfg, stdout, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, p.close()) }()
+	if err := p.store.Check(ctx); err != nil {
+		return err
+	}
+	b, err := p.broker(cfg, log)
+	if err != nil {
+		return err
+	}
+	d, err := openDoors(cfg, b, p.sockets, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, d.close()) }()
+	// Before the first hub may speak: what it says rests on what is restored.
+	if err := b.Start(ctx); err != nil {
+		return err
+	}
+	failed := d.serve()
+	ready(b)
+	select {
+	case <-ctx.Done():
+		log.Info("stopping")
+	case err = <-failed:
+	}
+	d.drain()
+	b.Close() // refreshes under way end and are stored
+	return err
+}

@@ -1,0 +1,72 @@
+"""The files that a site starts from can be used as they are."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from traitlets.config.loader import PyFileConfigLoader
+
+SITE = Path(__file__).resolve().parent
+CHECKOUT = SITE.parents[1]
+
+
+def run(*argv, **kwargs):
+    return subprocess.run(argv, capture_output=True, text=True, stdin=subprocess.DEVNULL, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def tokenbroker(tmp_path_factory):
+    """The program."""
+    path = tmp_path_factory.mktemp("bin") / "tokenbroker"
+    go = shutil.which("go") or "/usr/local/go/bin/go"
+    done = run(go, "build", "-o", path, "./cmd/tokenbroker", cwd=CHECKOUT)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_the_broker_takes_its_configuration(tokenbroker, tmp_path):
+    config = tmp_path / "tokenbroker.yaml"
+    shutil.copy(SITE / "tokenbroker.yaml", config)
+    secret = tmp_path / "keycloak-secret"
+    secret.write_text("s" * 32)
+    secret.chmod(0o400)
+    made = run(tokenbroker, "keys", "create", "--config", config)
+    assert made.returncode == 0, made.stdout + made.stderr
+    checked = run(tokenbroker, "config", "check", "--config", config)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_hub_takes_its_configuration(monkeypatch):
+    monkeypatch.syspath_prepend(str(CHECKOUT / "spawnerhook/jupyterhub"))
+    config = PyFileConfigLoader(str(SITE / "jupyterhub_config.py")).load_config()
+    spawner = config.DockerSpawner
+    assert callable(spawner.get("pre_spawn_hook") or config.Spawner.pre_spawn_hook)
+    assert "client_secret" not in config.GenericOAuthenticator or config.GenericOAuthenticator.client_secret != ""
+
+
+def test_the_last_lines_of_the_hubs_configuration_are_the_brokers():
+    lines = [line for line in (SITE / "jupyterhub_config.py").read_text().splitlines() if line]
+    assert lines[-1] == 'tokenbroker_hub.install(c, provider="keycloak")'
+
+
+def test_systemd_takes_the_unit(tokenbroker, tmp_path):
+    """In a copy, for the program is not in its place on this machine."""
+    unit = tmp_path / "tokenbroker.service"
+    unit.write_text((SITE / "tokenbroker.service").read_text().replace("/usr/local/bin/tokenbroker", str(tokenbroker)))
+    if not shutil.which("systemd-analyze"):
+        assert not os.environ.get("CI"), "systemd-analyze is missing"
+        pytest.skip("needs systemd-analyze")
+    done = run("systemd-analyze", "verify", unit)
+    ours = [line for line in done.stderr.splitlines() if "tokenbroker" in line]
+    assert done.returncode == 0 and not ours, done.stderr
+
+
+def test_the_unit_runs_commands_that_the_program_has(tokenbroker):
+    unit = (SITE / "tokenbroker.service").read_text()
+    commands = [line.partition("=")[2].split()[1:] for line in unit.splitlines() if line.startswith("ExecStart")]
+    assert commands
+    for command in commands:
+        done = run(tokenbroker, *command, "--help")
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,29 @@
+//go:build !linux
+
+package spawnerhook
+
+import (
+	"context"
+	"errors"
+
+	"tokenbroker/broker"
+)
+
+// Docker exists on Linux only: identity comes from its kernel.
+type Docker struct{}
+
+var errNotLinux = errors.New("docker attestation needs Linux; use process attestation here")
+
+// NewDocker says that there is none on this system.
+func NewDocker(DockerConfig) (*Docker, error) { return nil, errNotLinux }
+
+func (*Docker) Bind(context.Context, broker.Registration) (*broker.Workload, error) {
+	return nil, errNotLinux
+}
+func (*Docker) Attest(*broker.Peer, *broker.Workload) error         { return errNotLinux }
+func (*Docker) Alive(*broker.Peer) error                            { return errNotLinux }
+func (*Docker) Watch(context.Context, func(container string)) error { return errNotLinux }
+func (*Docker) Check(context.Context) (string, error)               { return "", errNotLinux }
+
+// Close does nothing.
+func (*Docker) Close() error { return nil }

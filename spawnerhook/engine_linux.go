@@ -1,0 +1,196 @@
+package spawnerhook
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/moby/moby/api/types/container"
+	"github.com/moby/moby/api/types/events"
+	"github.com/moby/moby/client"
+)
+
+// engineTimeout bounds one question to Docker. An engine that hangs must look
+// like one that is down.
+const engineTimeout = 10 * time.Second
+
+// An engine is Docker as this package needs it. It alone knows the client's
+// types, and drops what else Docker tells: the environment of a container and the
+// command lines of docker exec are full of secrets.
+type engine struct {
+	socket string
+	// api is nil until the API version was agreed on. The client negotiates once
+	// and not safely beside requests, so each connect makes a new one.
+	api atomic.Pointer[client.Client]
+}
+
+// A containerState is what Docker says of a container.
+type containerState struct {
+	ID, Name, Image string
+	PID             int32
+	StartedAt       time.Time
+	Running         bool // and neither paused, restarting nor on its way out
+
+	posture
+}
+
+// An engineInfo is what Docker says of itself.
+type engineInfo struct {
+	podman, rootless, userns bool
+}
+
+var errNoContainer = errors.New("there is no such container")
+
+// connect agrees on an API version, again if it was agreed before: the engine may
+// be another one than yesterday.
+func (e *engine) connect(ctx context.Context) (*client.Client, error) {
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	// Never client.FromEnv: nobody's DOCKER_HOST decides whom a broker believes.
+	api, err := client.New(client.WithHost("unix://" + e.socket))
+	if err != nil {
+		return nil, err
+	}
+	// Without this the client would hide a refused negotiation and go on with
+	// its newest version.
+	if _, err := api.Ping(ctx, client.PingOptions{NegotiateAPIVersion: true}); err != nil {
+		api.Close()
+		return nil, err
+	}
+	if old := e.api.Swap(api); old != nil {
+		old.Close() // only idle connections; a request under way ends normally
+	}
+	return api, nil
+}
+
+// connected is connect where that has not been done yet.
+func (e *engine) connected(ctx context.Context) (*client.Client, error) {
+	if api := e.api.Load(); api != nil {
+		return api, nil
+	}
+	return e.connect(ctx)
+}
+
+func (e *engine) close() {
+	if api := e.api.Swap(nil); api != nil {
+		api.Close()
+	}
+}
+
+// info asks what kind of engine this is.
+func (e *engine) info(ctx context.Context) (engineInfo, error) {
+	api, err := e.connect(ctx)
+	if err != nil {
+		return engineInfo{}, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	v, err := api.ServerVersion(ctx, client.ServerVersionOptions{})
+	if err != nil {
+		return engineInfo{}, fmt.Errorf("ask Docker for its version: %w", err)
+	}
+	i, err := api.Info(ctx, client.InfoOptions{})
+	if err != nil {
+		return engineInfo{}, fmt.Errorf("ask Docker about itself: %w", err)
+	}
+	var info engineInfo
+	for _, c := range v.Components {
+		info.podman = info.podman || strings.Contains(strings.ToLower(c.Name), "podman")
+	}
+	for _, option := range i.Info.SecurityOptions { // "name=seccomp,profile=default"
+		name, _, _ := strings.Cut(option, ",")
+		info.rootless = info.rootless || name == "name=rootless"
+		info.userns = info.userns || name == "name=userns"
+	}
+	return info, nil
+}
+
+// inspect asks for the container of exactly this name. Docker itself would also
+// take an ID or the beginning of one.
+func (e *engine) inspect(ctx context.Context, name string) (containerState, error) {
+	api, err := e.connected(ctx)
+	if err != nil {
+		return containerState{}, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	r, err := api.ContainerInspect(ctx, name, client.ContainerInspectOptions{})
+	if errdefs.IsNotFound(err) || err == nil && r.Container.Name != "/"+name {
+		return containerState{}, errNoContainer
+	}
+	if err != nil {
+		return containerState{}, err
+	}
+	return stateOf(r.Container)
+}
+
+// stateOf takes what we need from an answer.
+func stateOf(c container.InspectResponse) (containerState, error) {
+	if c.State == nil || c.HostConfig == nil || c.Config == nil || !fullID(c.ID) {
+		return containerState{}, fmt.Errorf("docker's answer on container %q lacks its state, configuration or ID", c.Name)
+	}
+	started, err := time.Parse(time.RFC3339Nano, c.State.StartedAt)
+	if err != nil {
+		return containerState{}, fmt.Errorf("start of container %q: %w", c.Name, err)
+	}
+	s := c.State
+	return containerState{
+		ID:        c.ID,
+		Name:      strings.TrimPrefix(c.Name, "/"),
+		Image:     c.Config.Image,
+		PID:       int32(s.Pid),
+		StartedAt: started,
+		Running:   s.Running && !s.Paused && !s.Restarting && !s.Dead && s.Pid > 0,
+		posture: posture{
+			Privileged:  c.HostConfig.Privileged,
+			PidMode:     string(c.HostConfig.PidMode),
+			NetworkMode: string(c.HostConfig.NetworkMode),
+			CapAdd:      c.HostConfig.CapAdd,
+		},
+	}, nil
+}
+
+// fullID says whether s is a container's ID as cgroup paths carry it.
+func fullID(s string) bool {
+	return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == ""
+}
+
+// watched are the events after which a look at a container may find something
+// else than before. None of exec_*: they carry command lines.
+var watched = []string{"start", "die", "destroy", "rename", "unpause"}
+
+// events calls changed with the name of each container that something happens
+// to, until the stream ends. It calls subscribed as soon as nothing can be missed.
+func (e *engine) events(ctx context.Context, subscribed func(), changed func(name string)) error {
+	api, err := e.connect(ctx)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// The engine answers a moment before it subscribes. What happens in between
+	// it replays, if asked from a moment before.
+	since := time.Now().Add(-time.Second)
+	stream := api.Events(ctx, client.EventsListOptions{
+		Since:   fmt.Sprintf("%d.%09d", since.Unix(), since.Nanosecond()),
+		Filters: make(client.Filters).Add("type", "container").Add("event", watched...),
+	})
+	subscribed()
+	for {
+		select {
+		case m := <-stream.Messages:
+			changed(strings.TrimPrefix(m.Actor.Attributes["name"], "/"))
+			// Among the attributes are the image's labels, so look at this one
+			// only where Docker sets it.
+			if m.Action == events.ActionRename {
+				changed(strings.TrimPrefix(m.Actor.Attributes["oldName"], "/"))
+			}
+		case err := <-stream.Err:
+			return err
+		}
+	}
+}
