@@ -91,17 +91,25 @@ func (t *cachedToken) refused(print string, now time.Time) bool {
 	return print != "" && print == t.Print && now.Sub(t.IssuedAt) >= freshFor
 }
 
+// A tokenKey says what a token is kept as. The whole grant's is not that of an
+// empty target, which is what a rule without audience and scopes comes to.
 type tokenKey struct {
 	grant    GrantKey
+	whole    bool
 	audience string
 	scopes   string
 }
 
+func wholeKey(k GrantKey) tokenKey { return tokenKey{grant: k, whole: true} }
+
 func newTokenKey(k GrantKey, t Target) tokenKey {
-	return tokenKey{k, t.Audience, strings.Join(t.Scopes, " ")}
+	return tokenKey{grant: k, audience: t.Audience, scopes: strings.Join(t.Scopes, " ")}
 }
 
 func (k tokenKey) record() Key {
+	if k.whole {
+		return Key{Kind: kindWhole, Parts: []string{string(k.grant.Hub), string(k.grant.Provider), k.grant.Sub}}
+	}
 	return Key{Kind: kindToken, Parts: []string{string(k.grant.Hub), string(k.grant.Provider), k.grant.Sub, k.audience, k.scopes}}
 }
 

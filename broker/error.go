@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"strings"
@@ -119,10 +120,15 @@ func (e *Error) Hint(next string, args ...any) *Error {
 	return &c
 }
 
-// public returns what may be told of err: the Error in it, else internal.
+// public returns what may be told of err: the Error in it, else internal. That
+// the caller's time was over is nobody's fault inside.
 func public(err error, contact, ref string) *Error {
 	var e *Error
-	if !errors.As(err, &e) {
+	switch {
+	case errors.As(err, &e):
+	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
+		e = Errorf(Unavailable, "the token broker could not answer in time").Because(err)
+	default:
 		e = Errorf(Internal, "something went wrong inside the token broker").Because(err)
 	}
 	c := *e

@@ -345,7 +345,7 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 	if g.LoginAt.Equal(login.At) && g.RefreshedAt.Equal(login.At) {
 		token := login.Token.open()
 		token.Epoch = g.Epoch
-		b.keep(ctx, newTokenKey(k, Target{}), token)
+		b.keep(ctx, wholeKey(k), token)
 	}
 	if err := b.changeTicket(ctx, t, func(h *handleRecord) { h.Pending = nil }); err != nil {
 		return err
@@ -527,7 +527,7 @@ func (b *Broker) hubsOwn(ctx context.Context, tk *ticket, accept func(*cachedTok
 		return c.Epoch == g.Epoch && c.lasts(b.pulse.now(), 0) && accept(c)
 	})
 	if errors.Is(err, ErrProviderDown) {
-		old, ok := b.recall(context.WithoutCancel(ctx), newTokenKey(k, Target{}), func(c *cachedToken) bool {
+		old, ok := b.recall(context.WithoutCancel(ctx), wholeKey(k), func(c *cachedToken) bool {
 			return c.Epoch == g.Epoch && c.valid(b.pulse.now())
 		})
 		if ok {

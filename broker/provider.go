@@ -78,8 +78,7 @@ type CodeGrant struct {
 	RedirectURI string
 }
 
-// Target is what an access token is wanted for. The zero Target is the whole
-// grant.
+// Target is what an access token is wanted for.
 type Target struct {
 	Audience string
 	Scopes   []string // sorted

@@ -14,7 +14,7 @@ const confirmLease = 250 * time.Millisecond
 // requests of this broker.
 type pulse struct {
 	store Store
-	reads flights[struct{}, Pulse]
+	reads flights[struct{}, struct{}]
 	// fellBack is called before a revision is believed that is lower than one
 	// that was read before: the store has forgotten something.
 	fellBack func(context.Context) error
@@ -25,23 +25,28 @@ type pulse struct {
 	high int64     // the highest revision that was read or made here
 }
 
-// revision returns a revision that was current at most confirmLease ago.
+// revision returns a revision that was current at most confirmLease ago. What
+// took longer to arrive proves nothing and is read again.
 func (p *pulse) revision(ctx context.Context) (int64, error) {
-	if rev, ok := p.confirmed(); ok {
-		return rev, nil
+	for range 3 {
+		if err := p.sync(ctx); err != nil {
+			return 0, err
+		}
+		if rev, ok := p.confirmed(); ok {
+			return rev, nil
+		}
 	}
-	got, err := p.reads.do(ctx, struct{}{}, p.read)
-	if err != nil {
-		return 0, err
-	}
-	return got.Revision, nil
+	return 0, Errorf(Unavailable, "the token broker's store is too slow")
 }
 
-// sync sets the clock by the store. A flow that goes by the time and reads no
-// revision begins with it: our monotonic clock stands still while the machine
-// sleeps.
+// sync sets the clock by the store, unless that was done within the lease. A
+// flow that goes by the time and reads no revision begins with it: our monotonic
+// clock stands still while the machine sleeps.
 func (p *pulse) sync(ctx context.Context) error {
-	_, err := p.revision(ctx)
+	if _, ok := p.confirmed(); ok {
+		return nil
+	}
+	_, err := p.reads.do(ctx, struct{}{}, p.read)
 	return err
 }
 
@@ -58,25 +63,26 @@ func (p *pulse) confirmed() (int64, bool) {
 	return p.last.Revision, !p.at.IsZero() && time.Since(p.at) <= confirmLease
 }
 
-func (p *pulse) read(ctx context.Context) (Pulse, error) {
+func (p *pulse) read(ctx context.Context) (none struct{}, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
+	high := p.highest() // as of now: what we move meanwhile is no sign of a fall
 	began := time.Now()
 	got, err := p.store.Pulse(ctx)
-	if err == nil && got.Revision < p.highest() && p.fellBack != nil {
+	if err == nil && got.Revision < high && p.fellBack != nil {
 		if err := p.fellBack(ctx); err != nil {
-			return Pulse{}, err
+			return none, err
 		}
 		began = time.Now()
 		got, err = p.store.Pulse(ctx)
 	}
 	if err != nil {
-		return Pulse{}, storeError(err, Key{Kind: "revision"})
+		return none, storeError(err, Key{Kind: "revision"})
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.last, p.at, p.high = got, began, max(p.high, got.Revision)
-	return got, nil
+	return none, nil
 }
 
 // now is the store's time, carried on by our monotonic clock. The host's own

@@ -18,6 +18,7 @@ const (
 	kindLink         = "link"         // hub, user → linkRecord
 	kindRegistration = "registration" // hub, host, user, server → Registration
 	kindToken        = "token"        // hub, provider, sub, audience, scopes → tokenRecord
+	kindWhole        = "whole"        // hub, provider, sub → tokenRecord of the whole grant
 
 	setGrants        = "grants"        // all grants of the deployment
 	setPending       = "pending"       // hub → fingerprints of pending handles

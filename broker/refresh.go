@@ -45,8 +45,7 @@ var (
 
 // An errand is one wish for a token straight from the refresh token.
 type errand struct {
-	grant  GrantKey
-	target Target                   // what the token is kept as; zero: the whole grant
+	key    tokenKey                 // what the token is kept as
 	scopes []string                 // what the provider is asked for; empty: all
 	good   func(*cachedToken) bool  // whether a token that is there will do
 	check  func(*cachedToken) error // whether the new token may be kept; nil: yes
@@ -55,9 +54,8 @@ type errand struct {
 // renew returns a token that satisfies e, and spends the grant's refresh token
 // only if none is there.
 func (b *Broker) renew(ctx context.Context, e errand) (cachedToken, error) {
-	k := newTokenKey(e.grant, e.target)
-	t, err := b.refreshes.do(ctx, k, func(ctx context.Context) (cachedToken, error) { return b.run(ctx, k, e) })
-	return t, notYet(ctx, e.grant.Provider, err)
+	t, err := b.refreshes.do(ctx, e.key, func(ctx context.Context) (cachedToken, error) { return b.run(ctx, e) })
+	return t, notYet(ctx, e.key.grant.Provider, err)
 }
 
 // notYet names what a caller whose patience is over was waiting for. What it
@@ -71,17 +69,17 @@ func notYet(ctx context.Context, p ProviderID, err error) error {
 
 // run does the errand when its grant's turn comes. One grant may have errands
 // for several targets, and each would spend the same refresh token.
-func (b *Broker) run(ctx context.Context, k tokenKey, e errand) (cachedToken, error) {
-	leave, err := b.turns.take(ctx, e.grant)
+func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
+	leave, err := b.turns.take(ctx, e.key.grant)
 	if err != nil {
 		return cachedToken{}, err
 	}
 	defer leave()
 	for deadline := time.Now().Add(2 * leaseFor); ; {
-		if t, ok := b.recall(ctx, k, e.good); ok {
+		if t, ok := b.recall(ctx, e.key, e.good); ok {
 			return t, nil
 		}
-		t, err := b.attempt(ctx, k, e)
+		t, err := b.attempt(ctx, e)
 		switch {
 		case err == nil, !errors.Is(err, errBusy) && !errors.Is(err, errMoved):
 			return t, err
@@ -95,8 +93,8 @@ func (b *Broker) run(ctx context.Context, k tokenKey, e errand) (cachedToken, er
 }
 
 // attempt spends the refresh token once.
-func (b *Broker) attempt(ctx context.Context, k tokenKey, e errand) (cachedToken, error) {
-	p, err := b.provider(e.grant.Provider)
+func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
+	p, err := b.provider(e.key.grant.Provider)
 	if err != nil {
 		return cachedToken{}, err
 	}
@@ -104,7 +102,7 @@ func (b *Broker) attempt(ctx context.Context, k tokenKey, e errand) (cachedToken
 		return cachedToken{}, Errorf(Unavailable, "the token broker's own disk is full").Because(err)
 	}
 	began := time.Now()
-	g, err := b.begin(ctx, e.grant, p.Info().Issuer)
+	g, err := b.begin(ctx, e.key.grant, p.Info().Issuer)
 	if err != nil {
 		return cachedToken{}, err
 	}
@@ -125,7 +123,7 @@ func (b *Broker) attempt(ctx context.Context, k tokenKey, e errand) (cachedToken
 			return cachedToken{}, err
 		}
 	}
-	b.keep(ctx, k, t)
+	b.keep(ctx, e.key, t)
 	return t, nil
 }
 

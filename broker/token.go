@@ -164,7 +164,7 @@ func (b *Broker) fetch(ctx context.Context, p Provider, g Grant, d Decision, goo
 	case ByExchange:
 		return b.exchange(ctx, p, g, d, good)
 	case ByScope:
-		return b.renew(ctx, errand{g.Key, d.Target, d.target(info).Scopes, good, check})
+		return b.renew(ctx, errand{newTokenKey(g.Key, d.Target), d.target(info).Scopes, good, check})
 	default:
 		return b.whole(ctx, g.Key, good)
 	}
@@ -173,10 +173,10 @@ func (b *Broker) fetch(ctx context.Context, p Provider, g Grant, d Decision, goo
 // whole returns the token of the whole grant. The hub gets it, and exchanges
 // start from it; a container gets it only where the provider can't narrow.
 func (b *Broker) whole(ctx context.Context, k GrantKey, good func(*cachedToken) bool) (cachedToken, error) {
-	if t, ok := b.recall(ctx, newTokenKey(k, Target{}), good); ok {
+	if t, ok := b.recall(ctx, wholeKey(k), good); ok {
 		return t, nil
 	}
-	return b.renew(ctx, errand{grant: k, good: good})
+	return b.renew(ctx, errand{key: wholeKey(k), good: good})
 }
 
 // exchange narrows the whole grant's token (RFC 8693), once for all who ask for
@@ -205,7 +205,7 @@ func (b *Broker) narrow(ctx context.Context, p Provider, g Grant, d Decision) (c
 	if !errors.As(err, &pe) || pe.Class != Dead {
 		return t, err
 	}
-	whole, err = b.renew(ctx, errand{grant: g.Key, good: func(t *cachedToken) bool {
+	whole, err = b.renew(ctx, errand{key: wholeKey(g.Key), good: func(t *cachedToken) bool {
 		return t.Epoch == g.Epoch && t.Print != whole.Print && t.valid(now)
 	}})
 	if err != nil {

@@ -315,3 +315,70 @@ func TestProvidersListsWhatCanBeHad(t *testing.T) {
 		}
 	})
 }
+
+func TestRevisionThatTookTooLongToReadProvesNothing(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{})
+		other := r.second()
+		defer other.Close()
+		time.Sleep(time.Second)
+		// From now on each answer of the store is a second old when it arrives.
+		r.store.After(func(method string, _ broker.Key) error {
+			if method == "Pulse" {
+				time.Sleep(time.Second)
+			}
+			return nil
+		})
+		var stopped time.Time
+		var both sync.WaitGroup
+		both.Go(func() {
+			time.Sleep(1100 * time.Millisecond)
+			gone, _, err := other.Disconnect(context.Background(), "root", "main", "alice", "")
+			if err != nil {
+				t.Errorf("Disconnect: %v", err)
+				return
+			}
+			stopped = gone[0].IssuingStoppedAt
+		})
+		_, err := r.Token(context.Background(), p, broker.Want{})
+		left := time.Now()
+		both.Wait()
+		if err == nil && left.After(stopped) {
+			t.Errorf("a token left at %s; issuing had stopped at %s", left, stopped)
+		}
+	})
+}
+
+func TestRuleWithoutAudienceAndScopesGetsAnExchangedToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		tok := r.token(p, broker.Want{})
+		if r.provider.Calls("exchange") != 1 || len(tok.Scopes) != 0 {
+			t.Errorf("the container got a token with scopes %v after %d exchanges", tok.Scopes, r.provider.Calls("exchange"))
+		}
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", "")
+		if err != nil || s.Token == nil || s.Token.Access.Equal(tok.Access) {
+			t.Errorf("the hub got the container's token: %+v, %v", s, err)
+		}
+	}, func(c *broker.Config) {
+		c.Rules = []broker.Rule{{Provider: "keycloak", Roles: []string{"researcher"}, Unverified: true}}
+	})
+}
+
+func TestStoreThatHangsIsNoInternalError(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		time.Sleep(time.Second)
+		r.store.Before(func(method string, _ broker.Key) error {
+			if method == "Pulse" {
+				time.Sleep(10 * time.Second)
+			}
+			return nil
+		})
+		_, err := r.RefreshHub(context.Background(), "main", "keycloak", handle)
+		refused(t, err, broker.ErrUnavailable)
+	})
+}

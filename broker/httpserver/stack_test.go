@@ -46,10 +46,12 @@ type stack struct {
 	hub      string // path of the hub's socket
 }
 
-// A setup changes what lies behind the broker.
+// A setup changes what lies behind the broker; what is not set is brokertest's.
 type setup struct {
-	store    broker.Store                               // nil: a MemStore
-	provider func(*brokertest.Provider) broker.Provider // nil: as it is
+	store    broker.Store
+	audit    io.Writer
+	attestor func(*brokertest.Attestor) broker.Attestor
+	provider func(*brokertest.Provider) broker.Provider
 }
 
 // newStack starts a broker with one hub, two providers and one rule. Nobody has
@@ -67,6 +69,13 @@ func newStack(t testing.TB, set setup) *stack {
 		s.store = brokertest.NewMemStore()
 		set.store = s.store
 	}
+	if set.audit == nil {
+		set.audit = s.audit
+	}
+	var attestor broker.Attestor = s.attestor
+	if set.attestor != nil {
+		attestor = set.attestor(s.attestor)
+	}
 	var provider broker.Provider = s.provider
 	if set.provider != nil {
 		provider = set.provider(s.provider)
@@ -83,7 +92,7 @@ func newStack(t testing.TB, set setup) *stack {
 		Rules: []broker.Rule{
 			{Roles: []string{"researcher"}, Provider: "keycloak", Audiences: []string{"storage"}, Scopes: []string{"read", "write"}},
 		},
-		Store: set.store, Keys: keys, Attestor: s.attestor, Sockets: s.servers, Audit: s.audit, Log: log,
+		Store: set.store, Keys: keys, Attestor: attestor, Sockets: s.servers, Audit: set.audit, Log: log,
 		Journal: dir + "/journal",
 	})
 	check(t, err)

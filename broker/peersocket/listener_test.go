@@ -40,6 +40,29 @@ func TestOnlyTheHubSpeaksOnItsSocket(t *testing.T) {
 	}
 }
 
+func TestABrokerThatMayNotGiveFilesAwayChecksThePeer(t *testing.T) {
+	needRoot(t)
+	const brokerUID, stranger = 65531, 65533
+	dir := shortDir(t)
+	if err := os.Chown(dir, brokerUID, -1); err != nil {
+		t.Fatal(err)
+	}
+	path := dir + "/hub/hub.sock"
+	if got := start(t, "hub", brokerUID, path).says(t); got != "open: <nil>" {
+		t.Fatal(got)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := info.Mode().Perm(); got != 0o666 {
+		t.Errorf("mode: %04o, want 0666", got)
+	}
+	if got := start(t, "dial", stranger, path).says(t); got != `answer: ""` {
+		t.Errorf("a stranger: %s, want no answer", got)
+	}
+}
+
 func TestTheAdministratorsSocketIsOursAlone(t *testing.T) {
 	path := shortDir(t) + "/tokenbroker/admin.sock"
 	l, err := peersocket.ListenAdmin(path, quiet)

@@ -74,6 +74,27 @@ def test_with_the_provider_down_valid_tokens_are_served_and_nobody_is_logged_out
     assert faults.count(CODE) == codes, "nobody had to log in again"
 
 
+def test_with_redis_down_nothing_is_spent_and_nobody_is_logged_out(stack, hub, alice, faults):
+    browser = Browser()
+    browser.log_in(hub.url, "alice")
+    codes, refreshes = faults.count(CODE), faults.count(REFRESH, "alice")
+    wait_until_expired(alice.ask(STORAGE).token, hub_token(stack, "alice"))
+    stack.stop("redis")
+    try:
+        down = alice.ask(STORAGE)
+        assert (down.status, down.code) == (503, "unavailable"), down
+        assert int(down.retry_after) > 0
+        assert browser.open(hub.url + "/hub/home").url == hub.url + "/hub/home"
+        with pytest.raises(Refused):
+            Browser().log_in(hub.url, "bob")
+        assert faults.count(REFRESH, "alice") == refreshes, "no refresh token was spent"
+    finally:
+        stack.start("redis")
+    wait_for("a token after the outage", lambda: alice.ask(STORAGE).status == 200, 30)
+    assert browser.open(hub.url + "/hub/home").url == hub.url + "/hub/home"
+    assert faults.count(REFRESH, "alice") == refreshes + 1 and faults.count(CODE) <= codes + 1
+
+
 def test_a_restart_of_the_broker_costs_a_retry(stack, hub, alice, faults):
     browser = Browser()
     browser.log_in(hub.url, "alice")

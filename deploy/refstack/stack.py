@@ -86,14 +86,14 @@ class Stack:
 
     # -- up and down -------------------------------------------------------
 
-    def up(self, hubs=(BROKER,), token_life=60, refresh_age=30):
-        """Start everything and return when it answers."""
+    def up(self, hubs=(BROKER,), token_life=60, refresh_age=30, image="image"):
+        """Start everything and return when it answers. image is one that deploy/setup made."""
         if self.settings:
             raise RuntimeError(f"there is a stack in {self.link} already; take it down first")
         self._directory()
         try:
             self._build()
-            self._choose(hubs, token_life, refresh_age)
+            self._choose(hubs, token_life, refresh_age, image)
             self._write_files()
             self._declare()
             for name in ("redis", "keycloak", "faultproxy"):
@@ -186,7 +186,7 @@ class Stack:
                 subprocess.run([go, "build", "-o", bin / Path(program).name, f"./{program}"],
                                cwd=CHECKOUT, env=env, check=True)
 
-    def _choose(self, hubs, token_life, refresh_age):
+    def _choose(self, hubs, token_life, refresh_age, image):
         name = "tb-" + hashlib.sha256(str(self.dir).encode()).hexdigest()[:8]
         docker("network", "rm", name, check=False)
         docker("network", "create", "--label", f"tokenbroker.stack={name}", name)
@@ -195,7 +195,7 @@ class Stack:
             "name": name,
             "network": name,
             "gateway": gateway,
-            "image": (STATE / "image").read_text().strip(),
+            "image": (STATE / image).read_text().strip(),
             "token_life": token_life,
             "refresh_age": refresh_age,
             "keycloak_port": free_port("127.0.0.1"),
