@@ -137,6 +137,7 @@ func (b *Broker) login(ctx context.Context, hub HubID, provider ProviderID, c Co
 	e.Sub = id.Sub
 	t := ticket{hub: hub, provider: provider, handle: NewSecret(handlePrefix + rand.Text())}
 	t.Sub, t.Pending = id.Sub, b.newPending(provider, id, iss)
+	t.Given, t.GivenAt = iss.AccessToken.Fingerprint(), t.Pending.At
 	if err := b.saveTicket(ctx, &t); err != nil {
 		return HubToken{}, err
 	}
@@ -524,7 +525,7 @@ func (b *Broker) hubsOwn(ctx context.Context, tk *ticket, accept func(*cachedTok
 	})
 	if errors.Is(err, ErrProviderDown) {
 		old, ok := b.recall(context.WithoutCancel(ctx), wholeKey(k), func(c *cachedToken) bool {
-			return c.Epoch == g.Epoch && c.valid(b.pulse.now())
+			return c.Epoch == g.Epoch && c.valid(b.pulse.now()) && accept(c)
 		})
 		if ok {
 			return old, true, nil

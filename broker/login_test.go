@@ -554,3 +554,33 @@ func TestOneServerPerUIDAlsoAtOnce(t *testing.T) {
 		}
 	})
 }
+
+func TestHubIsNeverGivenTheTokenOfItsLoginAgain(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		first, err := r.Login(context.Background(), "main", "keycloak", codeOf("alice"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Claim(context.Background(), "main", "keycloak", first.Handle, "alice"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		got, err := r.RefreshHub(context.Background(), "main", "keycloak", first.Handle)
+		if err != nil || got.Access.Equal(first.Access) {
+			t.Errorf("RefreshHub: %v; want another token than the login's", err)
+		}
+	})
+}
+
+func TestHubIsNotGivenTheTokenItGaveUpWhileTheProviderIsDown(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		if _, err := r.RefreshHub(context.Background(), "main", "keycloak", handle); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.TryLater}})
+		_, err := r.RefreshHub(context.Background(), "main", "keycloak", handle)
+		refused(t, err, broker.ErrProviderDown)
+	})
+}
