@@ -464,7 +464,29 @@ func (b *Broker) RefreshHub(ctx context.Context, hub HubID, provider ProviderID,
 	ctx, cancel := context.WithTimeout(ctx, hubPatience)
 	defer cancel()
 	t, err := b.refreshHub(ctx, hub, provider, handle, e)
-	return b.recorded(ctx, e, t, err)
+	if t, err = b.recorded(ctx, e, t, err); err == nil {
+		err = b.hubConfirm(ctx, e)
+	}
+	if err != nil {
+		return HubToken{}, err
+	}
+	return t, nil
+}
+
+// hubConfirm stops a recorded answer whose grant was disconnected while it was
+// made. It reads the grant itself, which is newer than any revision.
+func (b *Broker) hubConfirm(ctx context.Context, e *Entry) error {
+	if e.Epoch == 0 {
+		return nil // no grant's token: a login that waits to be claimed
+	}
+	g, err := b.loadGrant(context.WithoutCancel(ctx), GrantKey{e.Hub, e.Provider, e.Sub})
+	if err == nil {
+		err = g.usable(g.Issuer)
+	}
+	if err == nil {
+		return nil
+	}
+	return b.record(ctx, e, err)
 }
 
 func (b *Broker) refreshHub(ctx context.Context, hub HubID, provider ProviderID, handle Secret, e *Entry) (HubToken, error) {
@@ -482,6 +504,7 @@ func (b *Broker) refreshHub(ctx context.Context, hub HubID, provider ProviderID,
 	if err != nil {
 		return HubToken{}, err
 	}
+	e.Epoch = token.Epoch
 	ctx = context.WithoutCancel(ctx) // the patience was for the provider
 	if token.Print != t.Given {
 		err = b.changeTicket(ctx, &t, func(h *handleRecord) { h.Given, h.GivenAt = token.Print, now })
@@ -564,7 +587,10 @@ func (b *Broker) CheckSession(ctx context.Context, hub HubID, provider ProviderI
 	ctx, cancel := context.WithTimeout(ctx, hubPatience)
 	defer cancel()
 	s, err := b.checkSession(ctx, hub, provider, handle, user, have, e)
-	if err := b.record(context.WithoutCancel(ctx), e, err); err != nil {
+	if err := b.record(ctx, e, err); err != nil {
+		return Session{}, err
+	}
+	if err := b.hubConfirm(ctx, e); err != nil {
 		return Session{}, err
 	}
 	s.Ref = e.Ref
@@ -586,7 +612,7 @@ func (b *Broker) checkSession(ctx context.Context, hub HubID, provider ProviderI
 		return s, nil
 	}
 	given, err := b.handedOut(context.WithoutCancel(ctx), t, token)
-	s.Token, e.Token = &given, token.Print
+	s.Token, e.Token, e.Epoch = &given, token.Print, token.Epoch
 	return s, err
 }
 

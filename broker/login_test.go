@@ -584,3 +584,40 @@ func TestHubIsNotGivenTheTokenItGaveUpWhileTheProviderIsDown(t *testing.T) {
 		refused(t, err, broker.ErrProviderDown)
 	})
 }
+
+func TestHubsTokenDoesNotLeaveAfterADisconnect(t *testing.T) {
+	ask := map[string]func(r *rig, h broker.Secret) error{
+		"RefreshHub": func(r *rig, h broker.Secret) error {
+			_, err := r.RefreshHub(context.Background(), "main", "keycloak", h)
+			return err
+		},
+		"CheckSession": func(r *rig, h broker.Secret) error {
+			s, err := r.CheckSession(context.Background(), "main", "keycloak", h, "alice", "")
+			if err == nil && s.Token == nil {
+				err = errors.New("no token")
+			}
+			return err
+		},
+	}
+	for name, ask := range ask {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(r *rig) {
+				handle := r.loggedIn("alice")
+				other := r.second()
+				defer other.Close()
+				var once sync.Once
+				r.audit.slow = func() {
+					once.Do(func() {
+						if _, _, err := other.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+							t.Errorf("Disconnect: %v", err)
+						}
+						time.Sleep(time.Second) // a slow disk
+					})
+				}
+				if err := ask(r, handle); err == nil {
+					t.Error("a token left after the disconnect")
+				}
+			})
+		})
+	}
+}
