@@ -341,7 +341,7 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 	if err := b.move(ctx, k); err != nil {
 		return err
 	}
-	if g.LoginAt.Equal(login.At) && g.RefreshedAt.Equal(login.At) {
+	if g.State == Live && g.LoginAt.Equal(login.At) && g.RefreshedAt.Equal(login.At) {
 		token := login.Token.open()
 		token.Epoch = g.Epoch
 		b.keep(ctx, wholeKey(k), token)

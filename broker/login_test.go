@@ -621,3 +621,27 @@ func TestHubsTokenDoesNotLeaveAfterADisconnect(t *testing.T) {
 		})
 	}
 }
+
+func TestDisabledAccountIsNotServedByAClaimThatWasHalfDone(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.login("alice")
+		r.store.Before(func(method string, k broker.Key) error {
+			if method == "Put" && k.Kind == "handle" {
+				return errors.New("the store goes away before the handle is written")
+			}
+			return nil
+		})
+		r.Claim(context.Background(), "main", "keycloak", handle, "alice")
+		r.store.Before(nil)
+		p := r.running("alice", 100)
+		tok := r.token(p, broker.Want{})
+		time.Sleep(31 * time.Second)
+		r.provider.EndSession("alice")
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.Disabled}})
+		r.refused(p, broker.Want{Rejected: tok.Access.Fingerprint()}, broker.ErrDenied)
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", "")
+		if err != nil || s.Active {
+			t.Errorf("CheckSession of a disabled account: %+v, %v", s, err)
+		}
+	})
+}
