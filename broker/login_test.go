@@ -645,3 +645,87 @@ func TestDisabledAccountIsNotServedByAClaimThatWasHalfDone(t *testing.T) {
 		}
 	})
 }
+
+func TestTwoBrokersAdoptOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.provider.Login(context.Background(), codeOf("alice"))
+		old := broker.NewSecret(r.provider.RefreshToken("alice"))
+		other := r.second()
+		defer other.Close()
+		r.provider.Next(brokertest.Answer{Before: func() { time.Sleep(time.Second) }})
+		var all sync.WaitGroup
+		for _, b := range []*rig{r, other} {
+			all.Go(func() {
+				s, err := b.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+				if err != nil || !s.Active {
+					t.Errorf("CheckSession: %+v, %v", s, err)
+				}
+			})
+		}
+		all.Wait()
+		for _, b := range []*rig{r, other} {
+			s, err := b.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+			if err != nil || !s.Active || s.Stale || s.Token == nil {
+				t.Errorf("CheckSession afterwards: %+v, %v", s, err)
+			}
+		}
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("the old token was sent %d times", n)
+		}
+	}, adopting)
+}
+
+func TestAdoptedTokenIsStoredOnceTheStoreIsBack(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.provider.Login(context.Background(), codeOf("alice"))
+		old := broker.NewSecret(r.provider.RefreshToken("alice"))
+		r.provider.Next(brokertest.Answer{Before: func() { r.store.Fail(errors.New("away")) }})
+		time.AfterFunc(10*time.Second, func() { r.store.Fail(nil) })
+		r.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+		time.Sleep(20 * time.Second)
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+		if err != nil || !s.Active || s.Token == nil {
+			t.Errorf("CheckSession: %+v, %v", s, err)
+		}
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("the old token was sent %d times", n)
+		}
+	}, adopting)
+}
+
+func TestAdoptedTokenThatNobodyClaimedIsNotSpentAgain(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.provider.Login(context.Background(), codeOf("alice"))
+		old := broker.NewSecret(r.provider.RefreshToken("alice"))
+		tok, err := r.RefreshHub(context.Background(), "main", "keycloak", old)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Claim(context.Background(), "main", "keycloak", tok.Handle, "alice"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(11 * time.Minute)
+		r.CheckSession(context.Background(), "main", "keycloak", old, "alice", "") // by somebody who still has it
+		r.token(r.running("alice", 100), broker.Want{})
+	}, adopting)
+}
+
+func TestAdoptionDoesNotReviveADisconnectedGrant(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		r.provider.Login(context.Background(), codeOf("alice")) // not through the broker
+		old := broker.NewSecret(r.provider.RefreshToken("alice"))
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+		if err != nil || s.Active {
+			t.Errorf("CheckSession: %+v, %v; want not active", s, err)
+		}
+		r.refused(p, broker.Want{}, broker.ErrRevoked)
+		r.loggedIn("alice")
+		r.token(p, broker.Want{})
+	}, adopting)
+}

@@ -22,11 +22,13 @@ import (
 // storing over a disconnected grant, and Epoch says that decisions have to be
 // taken again. Nobody's hanging up stops a refresh that has begun.
 const (
-	// leaseFor outlasts what the provider may take (30 s by its contract), so
-	// that no second attempt starts while the first may still succeed.
+	// leaseFor outlasts what the provider may take, so that no second attempt
+	// starts while the first may still succeed.
 	leaseFor = 45 * time.Second
+	// answerWithin is how long a provider may take, whatever its adapter allows.
+	answerWithin = 30 * time.Second
 	// sendWithin is how old a lease may be when the token is sent; what is left
-	// of it then covers the provider's limit. A broker that was frozen between
+	// of it then covers answerWithin. A broker that was frozen between
 	// begin and send finds itself too late here.
 	sendWithin = 10 * time.Second
 	// leasePoll is how often a grant is looked at that another broker refreshes.
@@ -110,7 +112,7 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 		b.release(ctx, g, false)
 		return cachedToken{}, Errorf(Unavailable, "the token broker's store is too slow")
 	}
-	id, iss, err := p.Refresh(ctx, g.Refresh, g.Key.Sub, e.scopes)
+	id, iss, err := send(ctx, p, g.Refresh, g.Key.Sub, e.scopes)
 	if err != nil {
 		return cachedToken{}, b.unsuccessful(ctx, g, iss, err)
 	}
@@ -125,6 +127,13 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 	}
 	b.keep(ctx, e.key, t)
 	return t, nil
+}
+
+// send spends a refresh token at p, within the time that the lease allows for it.
+func send(ctx context.Context, p Provider, refresh Secret, sub string, scopes []string) (Identity, Issued, error) {
+	ctx, cancel := context.WithTimeout(ctx, answerWithin)
+	defer cancel()
+	return p.Refresh(ctx, refresh, sub, scopes)
 }
 
 // begin takes the lease on k. It is also the pre-flight write.
@@ -143,6 +152,8 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 			return disabled(k.Provider)
 		case g.Lease.Until.After(now):
 			return errBusy
+		case g.RefreshedBy != b.cfg.Host && now.Sub(g.RefreshedAt) < leasePoll:
+			return errBusy // the other broker has stored the grant, and its token next
 		}
 		lost := g.Mark.Attempt != "" // whoever left it never learned the answer
 		g.Lease = Lease{Holder: attempt, Until: now.Add(leaseFor)}
@@ -169,8 +180,11 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 	now := b.pulse.now()
 	t := newCachedToken(iss, began.Epoch, now)
 	moved := false
-	err := b.insist(ctx, began.Key, func(g *Grant, exists bool) error {
-		moved = false
+	store := func(g *Grant, exists bool) error {
+		if g.Version == began.Version+1 && g.RefreshedBy == b.cfg.Host && g.RefreshedAt.Equal(now) {
+			return errKeep // by the try before, whose answer was lost; moved still says what it did
+		}
+		moved, t.Epoch = false, began.Epoch
 		if err := fence(g, exists, began); err != nil {
 			return err
 		}
@@ -183,6 +197,10 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 			t.Epoch = g.Epoch
 		}
 		return nil
+	}
+	err := b.insist(ctx, began.Key.record(), func() error {
+		_, err := b.changeGrant(ctx, began.Key, store)
+		return err
 	})
 	switch {
 	case errors.Is(err, errMoved):
@@ -234,15 +252,15 @@ func canonical(p ProviderID, roles []string) []string {
 	return sorted(full)
 }
 
-// insist is changeGrant that goes on while the store is away.
-func (b *Broker) insist(ctx context.Context, k GrantKey, change func(*Grant, bool) error) error {
+// insist writes k, and goes on while the store is away.
+func (b *Broker) insist(ctx context.Context, k Key, write func() error) error {
 	wait := 20 * time.Millisecond
 	for deadline := time.Now().Add(commitFor); ; {
-		_, err := b.changeGrant(ctx, k, change)
+		err := write()
 		if !errors.Is(err, ErrUnavailable) || time.Now().After(deadline) {
 			return err
 		}
-		b.cfg.Log.Error("a refreshed grant can't be stored; trying again", "grant", k, "err", err)
+		b.cfg.Log.Error("a new refresh token can't be stored; trying again", "record", k, "err", err)
 		if pause(ctx, wait) != nil {
 			return err
 		}
