@@ -393,3 +393,50 @@ func TestDisconnectEndsWhatItCan(t *testing.T) {
 		}, both)
 	})
 }
+
+func TestRolesOfACommitWhoseAnswerIsLostCountAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.SetRoles("alice", "student")
+		r.provider.Next(brokertest.Answer{Before: func() { // begin is over: the next Put is the commit's
+			var once sync.Once
+			r.store.After(func(method string, k broker.Key) (err error) {
+				if method == "Put" && k.Kind == "grant" {
+					once.Do(func() { err = errors.New("the answer is lost") })
+				}
+				return err
+			})
+		}})
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("%d refreshes, want the one whose answer was stored", n)
+		}
+	})
+}
+
+func TestProviderThatHangsIsGivenUpBeforeTheLeaseEnds(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		began := time.Now()
+		r.refused(p, broker.Want{}, broker.ErrProviderDown)
+		if took := time.Since(began); took > 30*time.Second {
+			t.Errorf("the provider was given %s, want 30 s at most", took)
+		}
+	}, func(c *broker.Config) { c.Providers = []broker.Provider{hangs{c.Providers[0]}} })
+}
+
+// hangs is a provider whose refreshes end with their context, or after an hour.
+type hangs struct{ broker.Provider }
+
+func (p hangs) Refresh(ctx context.Context, _ broker.Secret, _ string, _ []string) (broker.Identity, broker.Issued, error) {
+	select {
+	case <-ctx.Done():
+		return broker.Identity{}, broker.Issued{}, ctx.Err()
+	case <-time.After(time.Hour):
+		return broker.Identity{}, broker.Issued{}, errors.New("too late")
+	}
+}
