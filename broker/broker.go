@@ -34,6 +34,9 @@ type Config struct {
 	Audit  io.Writer // one JSON line per decision
 	Log    *slog.Logger
 	Helper string // path of the helper's binary on this host; empty: none
+	// Journal is the file of this broker alone in which a provider's answer is
+	// safe before the store has it. Start makes it.
+	Journal string
 }
 
 // A Hub is what the broker knows of one JupyterHub.
@@ -48,6 +51,7 @@ type Broker struct {
 	providers map[ProviderID]Provider
 	vault     vault
 	audit     *audit
+	journal   *journal
 	pulse     pulse
 	started   time.Time
 
@@ -104,7 +108,7 @@ func (b *Broker) check() error {
 		{"Deployment", c.Deployment != ""}, {"Host", c.Host != ""}, {"Contact", c.Contact != ""},
 		{"Hubs", len(c.Hubs) > 0}, {"Providers", len(c.Providers) > 0},
 		{"Store", c.Store != nil}, {"Keys", c.Keys != nil}, {"Attestor", c.Attestor != nil},
-		{"Sockets", c.Sockets != nil}, {"Audit", c.Audit != nil}, {"Log", c.Log != nil},
+		{"Sockets", c.Sockets != nil}, {"Journal", c.Journal != ""}, {"Audit", c.Audit != nil}, {"Log", c.Log != nil},
 	} {
 		if !f.ok {
 			errs = append(errs, fmt.Errorf("broker: %s is missing", f.name))
@@ -123,13 +127,22 @@ func (b *Broker) check() error {
 	return errors.Join(errs...)
 }
 
-// Start restores this host's registrations, opens their sockets and begins to
+// Start puts right what the store has lost of this broker's writes, restores this
+// host's registrations, opens their sockets and begins to
 // watch their containers. Close ends what it began.
 func (b *Broker) Start(ctx context.Context) error {
 	if err := b.pulse.sync(ctx); err != nil {
 		return err
 	}
 	b.started = b.pulse.now()
+	var err error
+	if b.journal, err = openJournal(b.cfg.Journal); err != nil {
+		return err
+	}
+	if err := b.reconcile(ctx); err != nil {
+		return err
+	}
+	b.pulse.fellBack = b.reconcile
 	if err := b.restore(ctx); err != nil {
 		return err
 	}
@@ -140,6 +153,8 @@ func (b *Broker) Start(ctx context.Context) error {
 			b.cfg.Log.Error("containers are no longer watched", "err", err)
 		}
 	})
+	b.work.Go(b.settle)
+	b.work.Go(b.keepAlive)
 	b.hint("")
 	return nil
 }
@@ -157,6 +172,9 @@ func (b *Broker) Close() {
 	b.binds.wait()
 	b.looks.wait()
 	b.pulse.reads.wait()
+	if b.journal != nil {
+		b.journal.close()
+	}
 }
 
 // closes reports whether Close was called: nothing new is begun then.

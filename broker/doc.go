@@ -9,6 +9,8 @@
 //	            bind.go      Docker and the kernel confirm the container
 //	token       token.go     attest, match, decide, cache, refresh, narrow, confirm, record
 //	refresh     refresh.go   begin, send, settle: the write that can't be lost
+//	            keepalive.go a long computation keeps its session
+//	            heal.go      a store that fell back is put right from journal.go
 //	disconnect  revoke.go    epoch and tombstone up, then the revision
 //
 // Decisions are in policy.go, what is said to callers in error.go, what is
@@ -30,6 +32,7 @@
 //	memory, views        hub, user → linked grants               the revision moves; 30 s       it is used without its revision
 //	memory, tokens       grant, audience, scopes → access token  expiry; another epoch          it is used without the grant's epoch
 //	memory, pulse        revision and time of the store          250 ms                         the host's clock is used instead
+//	disk, journal        grant → counters, newest sealed Grant   the store has it for sure      two processes write it
 //	memory, Peer         connection → workload it attested as    the workload is another        it is kept past its connection
 //	store, grant         hub, provider, sub → Grant              for ever                       it opens at another key
 //	store, handle        fingerprint → grant or pending login    400 days; pending: 10 minutes  a tombstone leaves it good

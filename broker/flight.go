@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"fmt"
+	"runtime/debug"
 	"sync"
 )
 
@@ -48,7 +49,8 @@ func (f *flights[K, V]) do(ctx context.Context, k K, call func(context.Context) 
 func (f *flights[K, V]) fly(ctx context.Context, k K, c *flight[V], call func(context.Context) (V, error)) {
 	defer func() {
 		if r := recover(); r != nil {
-			c.err = fmt.Errorf("panic: %v", r)
+			// Where, not what: the value may hold what was being worked on.
+			c.err = fmt.Errorf("a %T panicked at %s", r, debug.Stack())
 		}
 		f.mu.Lock()
 		delete(f.all, k)

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"time"
 )
 
@@ -88,24 +89,53 @@ func (r grantRecord) open() Grant {
 	return g
 }
 
-// loadGrant returns ErrAbsent if there is none.
+func (g Grant) record() grantRecord { return grantRecord{Grant: g, Refresh: g.Refresh.Reveal()} }
+
+// loadGrant returns the grant at k as this broker knows it, which is newer than
+// the store's if the store fell back. It returns ErrAbsent if there is none.
 func (b *Broker) loadGrant(ctx context.Context, k GrantKey) (Grant, error) {
 	var r grantRecord
 	_, err := b.vault.load(ctx, k.record(), &r)
-	return r.open(), err
+	if err != nil && !errors.Is(err, ErrAbsent) {
+		return Grant{}, err
+	}
+	g, exists, _ := b.healed(k, r.open(), err == nil)
+	if !exists {
+		return Grant{}, ErrAbsent
+	}
+	return g, nil
 }
 
-// changeGrant is update for grants.
+// changeGrant is update for grants. What the store has forgotten is put right
+// before change sees it, and with it.
 func (b *Broker) changeGrant(ctx context.Context, k GrantKey, change func(g *Grant, exists bool) error) (Grant, error) {
+	return b.changeStored(ctx, k, func(g *Grant, exists bool) error {
+		right, exists, healed := b.healed(k, *g, exists)
+		*g = right
+		err := change(g, exists)
+		if healed && errors.Is(err, errKeep) {
+			return nil
+		}
+		return err
+	})
+}
+
+// changeStored is changeGrant on what the store says, right or not. What it
+// writes it also notes in the journal.
+func (b *Broker) changeStored(ctx context.Context, k GrantKey, change func(g *Grant, exists bool) error) (Grant, error) {
 	r, err := update(ctx, &b.vault, k.record(), forever[grantRecord], func(r *grantRecord, exists bool) error {
 		g := r.open()
 		if err := change(&g, exists); err != nil {
 			return err
 		}
-		*r = grantRecord{Grant: g, Refresh: g.Refresh.Reveal()}
+		*r = g.record()
 		return nil
 	})
-	return r.open(), err
+	g := r.open()
+	if err == nil && g.Key == k {
+		b.note(g)
+	}
+	return g, err
 }
 
 // usable says why no token can be had from g; nil: one can.

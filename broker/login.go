@@ -362,7 +362,9 @@ func (g *Grant) loggedIn(l *pendingLogin, now time.Time, host HostID) {
 	g.Refresh, g.Expires = NewSecret(l.Refresh), l.Expires
 	g.Username, g.Roles = l.Username, l.Roles
 	g.State, g.Reason, g.Since, g.Tombstone = Live, "", now, time.Time{}
-	g.Version++
+	// A login's version exceeds any that a store which lost its data once had, so
+	// that no journal takes what came before for the newer.
+	g.Version = later(g.Version, now)
 	g.Epoch = later(g.Epoch, now)
 	g.Lease, g.Mark = Lease{}, Mark{}
 	g.LoginAt, g.RefreshedAt, g.RefreshedBy = l.At, l.At, host

@@ -77,8 +77,13 @@ func TestClaimHalfDoneIsFinishedByTheNext(t *testing.T) {
 				if _, err := r.Claim(context.Background(), "main", "keycloak", handle, "alice"); err != nil {
 					t.Fatalf("the second Claim: %v", err)
 				}
-				if g := r.grant("alice"); g.Version != 1 {
-					t.Errorf("the login was stored %d times", g.Version)
+				before := r.grant("alice")
+				time.Sleep(time.Second)
+				if _, err := r.Claim(context.Background(), "main", "keycloak", handle, "alice"); err != nil {
+					t.Fatalf("the third Claim: %v", err)
+				}
+				if after := r.grant("alice"); after.Version != before.Version {
+					t.Error("the login was stored twice")
 				}
 				r.token(r.running("alice", 100), broker.Want{})
 			})
@@ -218,6 +223,23 @@ func TestHubIsNeverGivenTheTokenItGaveUp(t *testing.T) {
 		time.Sleep(6 * time.Second)
 		if later := ask(); later.Access.Equal(first.Access) {
 			t.Error("the hub got back the token it had been given")
+		}
+	})
+}
+
+func TestHubIsNotGivenTheTokenOfItsLoginAgain(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		login, err := r.Login(context.Background(), "main", "keycloak", codeOf("alice"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Claim(context.Background(), "main", "keycloak", login.Handle, "alice"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(6 * time.Second)
+		tok, err := r.RefreshHub(context.Background(), "main", "keycloak", login.Handle)
+		if err != nil || tok.Access.Equal(login.Access) {
+			t.Errorf("RefreshHub after the login's token was refused: the same one again, or %v", err)
 		}
 	})
 }

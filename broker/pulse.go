@@ -15,10 +15,14 @@ const confirmLease = 250 * time.Millisecond
 type pulse struct {
 	store Store
 	reads flights[struct{}, struct{}]
+	// fellBack is called before a revision is believed that is lower than one
+	// that was read before: the store has forgotten something.
+	fellBack func(context.Context) error
 
-	mu   sync.Mutex // guards the two below
+	mu   sync.Mutex // guards the three below
 	last Pulse
 	at   time.Time // when the read of last began, by our monotonic clock
+	high int64     // the highest revision that was read or made here
 }
 
 // revision returns a revision that was current at most confirmLease ago. What
@@ -46,6 +50,12 @@ func (p *pulse) sync(ctx context.Context) error {
 	return err
 }
 
+func (p *pulse) highest() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.high
+}
+
 // confirmed returns the last revision if its lease still runs.
 func (p *pulse) confirmed() (int64, bool) {
 	p.mu.Lock()
@@ -56,14 +66,22 @@ func (p *pulse) confirmed() (int64, bool) {
 func (p *pulse) read(ctx context.Context) (none struct{}, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
 	defer cancel()
+	high := p.highest() // as of now: what we move meanwhile is no sign of a fall
 	began := time.Now()
 	got, err := p.store.Pulse(ctx)
+	if err == nil && got.Revision < high && p.fellBack != nil {
+		if err := p.fellBack(ctx); err != nil {
+			return none, err
+		}
+		began = time.Now()
+		got, err = p.store.Pulse(ctx)
+	}
 	if err != nil {
 		return none, storeError(err, Key{Kind: "revision"})
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.last, p.at = got, began
+	p.last, p.at, p.high = got, began, max(p.high, got.Revision)
 	return none, nil
 }
 
@@ -75,11 +93,12 @@ func (p *pulse) now() time.Time {
 	return p.last.Now.Add(time.Since(p.at)).UTC()
 }
 
-// forget makes the next revision be read anew, for after we moved it. Both
-// fields go back by the same, so that now stays right.
-func (p *pulse) forget() {
+// moved says that the revision is rev now, because we moved it. The next one is
+// read anew: both fields go back by the same, so that now stays right.
+func (p *pulse) moved(rev int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.high = max(p.high, rev)
 	p.at = p.at.Add(-2 * confirmLease)
 	p.last.Now = p.last.Now.Add(-2 * confirmLease)
 }

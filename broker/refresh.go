@@ -103,6 +103,9 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 	if err != nil {
 		return cachedToken{}, err
 	}
+	if err := b.journal.ready(); err != nil {
+		return cachedToken{}, Errorf(Unavailable, "the token broker's own disk is full").Because(err)
+	}
 	began := time.Now()
 	g, err := b.begin(ctx, e.key.grant, p.Info().Issuer)
 	if err != nil {
@@ -174,44 +177,57 @@ func fence(g *Grant, exists bool, began Grant) error {
 	return nil
 }
 
-// commit stores a provider's answer. It is tried until the store takes it: the
-// new refresh token exists nowhere else.
+// commit stores a provider's answer: in the journal, then in the store, which is
+// asked until it takes it, for the new refresh token exists nowhere else.
 func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issued) (cachedToken, error) {
 	now := b.pulse.now()
 	t := newCachedToken(iss, began.Epoch, now)
-	moved := false
-	store := func(g *Grant, exists bool) error {
-		if g.Version == began.Version+1 && g.RefreshedBy == b.cfg.Host && g.RefreshedAt.Equal(now) {
-			return errKeep // by the try before, whose answer was lost; moved still says what it did
-		}
-		moved, t.Epoch = false, began.Epoch
-		if err := fence(g, exists, began); err != nil {
-			return err
-		}
-		same := g.Epoch == began.Epoch
-		moved = g.renewed(id, iss, now, b.cfg.Host)
-		g.OutstandingUntil = latest(g.OutstandingUntil, t.outstandingUntil())
-		// If others moved the epoch since begin, the token stays one of the
-		// old epoch, which is void; if its own roles did, it is the new one's.
-		if same {
-			t.Epoch = g.Epoch
-		}
-		return nil
-	}
-	err := b.insist(ctx, began.Key.record(), func() error {
-		_, err := b.changeGrant(ctx, began.Key, store)
+	next := began
+	moved := next.renewed(id, iss, now, b.cfg.Host)
+	next.OutstandingUntil = latest(next.OutstandingUntil, t.outstandingUntil())
+	b.note(next)
+	var g Grant
+	err := b.insist(ctx, began.Key.record(), func() (err error) {
+		g, err = b.changeStored(ctx, began.Key, func(g *Grant, exists bool) error { return g.follow(exists, began, next) })
 		return err
 	})
 	switch {
+	case err == nil && g.Epoch == next.Epoch:
+		// If others moved the epoch since begin, the token stays one of the old
+		// epoch, which is void; if its own roles did, it is the new one's.
+		t.Epoch = g.Epoch
 	case errors.Is(err, errMoved):
 		// A login was faster. The provider's answer is dropped, not revoked: on
 		// Keycloak that would end the newer login's session too.
+		b.dismiss(began.Key, next.Version)
 	case errors.Is(err, ErrRevoked):
+		b.dismiss(began.Key, next.Version)
 		b.revokeAtProvider(ctx, began.Key.Provider, iss.RefreshToken)
-	case err == nil && moved:
+	}
+	if err == nil && moved {
 		err = b.move(ctx, began.Key)
 	}
 	return t, err
+}
+
+// follow makes g, as the store has it, what next made of began. A copy older
+// than began is one that the store fell back to; a newer one is a login's.
+func (g *Grant) follow(exists bool, began, next Grant) error {
+	switch {
+	case exists && !g.Tombstone.IsZero():
+		return g.usable(g.Issuer)
+	case exists && g.Version == next.Version && g.Refresh.Equal(next.Refresh):
+		return errKeep // another change has brought it from the journal
+	case exists && g.Version > began.Version:
+		return errMoved
+	}
+	epoch, until := next.Epoch, latest(g.OutstandingUntil, next.OutstandingUntil)
+	if g.Epoch > began.Epoch {
+		epoch = max(g.Epoch+1, next.Epoch) // others moved it too
+	}
+	*g = next
+	g.Epoch, g.OutstandingUntil = epoch, until
+	return nil
 }
 
 // renewed writes a provider's answer into g and reports whether the rights it
@@ -389,8 +405,13 @@ func (b *Broker) revokeAtProvider(ctx context.Context, id ProviderID, refresh Se
 // whoever reads the new revision then reads the new rights.
 func (b *Broker) move(ctx context.Context, k GrantKey) error {
 	b.tokens.drop(k)
-	defer b.pulse.forget()
-	if _, err := b.cfg.Store.Move(ctx); err != nil {
+	return b.moveRevision(ctx)
+}
+
+func (b *Broker) moveRevision(ctx context.Context) error {
+	rev, err := b.cfg.Store.Move(ctx)
+	b.pulse.moved(rev)
+	if err != nil {
 		return Errorf(Unavailable, "the token broker can't reach its store").Because(fmt.Errorf("move revision: %w", err))
 	}
 	return nil

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"log/slog"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -19,7 +20,7 @@ import (
 
 // A rig is a broker on parts in memory, and what they were told.
 type rig struct {
-	t        *testing.T
+	t        testing.TB
 	store    *brokertest.MemStore
 	provider *brokertest.Provider
 	attestor *brokertest.Attestor
@@ -43,7 +44,7 @@ func inBubble(t *testing.T, f func(r *rig), edit ...func(*broker.Config)) {
 	})
 }
 
-func newRig(t *testing.T, edit ...func(*broker.Config)) *rig {
+func newRig(t testing.TB, edit ...func(*broker.Config)) *rig {
 	t.Helper()
 	keys, err := seal.New()
 	if err != nil {
@@ -62,6 +63,7 @@ func newRig(t *testing.T, edit ...func(*broker.Config)) *rig {
 		},
 		Store: r.store, Keys: keys, Attestor: r.attestor, Sockets: r.sockets,
 		Audit: r.audit, Log: slog.New(slog.NewTextHandler(r.log, nil)), Helper: "/opt/access-token",
+		Journal: filepath.Join(t.TempDir(), "journal"),
 	}
 	for _, e := range edit {
 		e(&r.cfg)
@@ -89,6 +91,7 @@ func (r *rig) second() *rig {
 	s := *r
 	s.attestor, s.sockets, s.audit = brokertest.NewAttestor(), brokertest.NewSockets(), &audit{}
 	s.cfg.Host, s.cfg.Attestor, s.cfg.Sockets, s.cfg.Audit = "host2", s.attestor, s.sockets, s.audit
+	s.cfg.Journal = filepath.Join(r.t.TempDir(), "journal2")
 	s.start()
 	return &s
 }
@@ -149,7 +152,7 @@ func (r *rig) refused(p *broker.Peer, w broker.Want, want *broker.Error) *broker
 	return refused(r.t, err, want)
 }
 
-func refused(t *testing.T, err error, want *broker.Error) *broker.Error {
+func refused(t testing.TB, err error, want *broker.Error) *broker.Error {
 	t.Helper()
 	var said *broker.Error
 	if !errors.Is(err, want) || !errors.As(err, &said) {
@@ -202,7 +205,7 @@ func (a *audit) Write(p []byte) (int, error) {
 }
 
 // entries are the lines of one action.
-func (a *audit) entries(t *testing.T, action string) (all []broker.Entry) {
+func (a *audit) entries(t testing.TB, action string) (all []broker.Entry) {
 	t.Helper()
 	for line := range strings.Lines(a.String()) {
 		var e broker.Entry
@@ -233,7 +236,7 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
-func lasts(t *testing.T, tok broker.Token, want time.Duration) {
+func lasts(t testing.TB, tok broker.Token, want time.Duration) {
 	t.Helper()
 	if tok.ExpiresIn <= 0 || tok.ExpiresIn > want {
 		t.Errorf("token lasts %s, want at most %s", tok.ExpiresIn, want)

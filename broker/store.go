@@ -46,6 +46,12 @@ type Store interface {
 	// store's time, the one clock of the deployment.
 	Pulse(ctx context.Context) (Pulse, error)
 
+	// Settle returns nil once every change that was made before the call will
+	// outlive what the back end is built to outlive: its replicas have it, or
+	// its disk. It may take seconds. An error says that this is not so, or not
+	// known.
+	Settle(ctx context.Context) error
+
 	// Check says whether the back end can be trusted with grants: reachable,
 	// writable, evicting nothing, persistent, protected. The error is a
 	// sentence for the administrator.

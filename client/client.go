@@ -6,9 +6,9 @@
 //	defer c.Close()
 //	tok, err := c.Token(ctx, client.Provider("keycloak"), client.Audience("storage"))
 //
-// With a library that takes an oauth2.TokenSource:
+// For HTTP, with a token in each request:
 //
-//	web := oauth2.NewClient(ctx, c.TokenSource(ctx, client.Audience("storage")))
+//	web := &http.Client{Transport: &oauth2.Transport{Source: c.TokenSource(ctx, client.Audience("storage"))}}
 //
 // Don't keep tokens: ask for one whenever one is needed. The broker keeps them,
 // renews them in time, and stops giving them out the moment the user loses the
@@ -125,8 +125,9 @@ func (c *Client) Token(ctx context.Context, opts ...Option) (Token, error) {
 }
 
 // TokenSource returns a source that asks the broker for each token. It keeps
-// none, so that a right that was taken away is gone at once; ctx bounds all its
-// requests.
+// none, so that a right that was taken away is gone at once; oauth2.NewClient
+// would keep one until it ends, an oauth2.Transport does not. ctx bounds all
+// its requests.
 func (c *Client) TokenSource(ctx context.Context, opts ...Option) oauth2.TokenSource {
 	return source{ctx, c, opts}
 }
@@ -139,6 +140,7 @@ type source struct {
 	opts []Option
 }
 
+// Token implements oauth2.TokenSource.
 func (s source) Token() (*oauth2.Token, error) {
 	t, err := s.c.Token(s.ctx, s.opts...)
 	if err != nil {

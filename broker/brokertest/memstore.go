@@ -102,6 +102,38 @@ func (s *MemStore) Tamper(k broker.Key, box []byte) bool {
 	return ok
 }
 
+// Copy returns what a backup or a replica would hold now, for Fallback.
+func (s *MemStore) Copy() *MemCopy {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return &MemCopy{maps.Clone(s.records), cloneSets(s.sets), s.revision}
+}
+
+// Fallback puts the store back to what it was when c was made; a nil c empties it.
+func (s *MemStore) Fallback(c *MemCopy) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c == nil {
+		c = &MemCopy{records: make(map[string]memRecord)}
+	}
+	s.records, s.sets, s.revision = maps.Clone(c.records), cloneSets(c.sets), c.revision
+}
+
+// A MemCopy is a MemStore's contents at one moment.
+type MemCopy struct {
+	records  map[string]memRecord
+	sets     map[string]map[string]bool
+	revision int64
+}
+
+func cloneSets(sets map[string]map[string]bool) map[string]map[string]bool {
+	c := make(map[string]map[string]bool)
+	for k, s := range sets {
+		c[k] = maps.Clone(s)
+	}
+	return c
+}
+
 // Each calls f with every record, in the order of their keys.
 func (s *MemStore) Each(f func(k broker.Key, r broker.Record)) {
 	s.mu.Lock()
@@ -226,6 +258,11 @@ func (s *MemStore) Pulse(ctx context.Context) (broker.Pulse, error) {
 		return broker.Pulse{}, err
 	}
 	return p, nil
+}
+
+// Settle implements broker.Store: memory is as durable as it gets.
+func (s *MemStore) Settle(ctx context.Context) error {
+	return s.do(ctx, "Settle", broker.Key{}, func() error { return nil })
 }
 
 // Check implements broker.Store. A store in memory can be trusted with tests.

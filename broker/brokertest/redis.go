@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -85,6 +86,20 @@ func (r *Redis) Kill() {
 	r.process.Process.Kill()
 	r.process.Wait()
 	r.process = nil
+}
+
+// Freeze stops the server in the middle of whatever it does, as a machine that
+// hangs; Thaw lets it go on.
+func (r *Redis) Freeze() { r.signal(syscall.SIGSTOP) }
+
+// Thaw ends Freeze.
+func (r *Redis) Thaw() { r.signal(syscall.SIGCONT) }
+
+func (r *Redis) signal(s os.Signal) {
+	r.t.Helper()
+	if err := r.process.Process.Signal(s); err != nil {
+		r.t.Fatal(err)
+	}
 }
 
 // answers reports whether a server is up; that it wants a password first is an

@@ -65,7 +65,6 @@ func (e edge) server(desc grpc.ServiceDesc, service any) *grpc.Server {
 		grpc.MaxConcurrentStreams(32),
 		// Thousands of containers keep a connection each and rarely use it.
 		grpc.ReadBufferSize(4<<10),
-		grpc.SharedWriteBuffer(true),
 		// A caller's credentials are those of its connect, so no connection is
 		// for ever.
 		grpc.KeepaliveParams(keepalive.ServerParameters{

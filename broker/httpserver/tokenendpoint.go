@@ -43,21 +43,27 @@ func hubOfSocket(r *http.Request, _ url.Values) (broker.HubID, error) {
 	return peerOf(r.Context()).Hub, nil
 }
 
-// checkSecret compares what the hub showed, in the form or by HTTP Basic (RFC
-// 6749, section 2.3.1), with what it was given.
+// checkSecret compares what the hub showed with what it was given.
 func checkSecret(r *http.Request, f url.Values, want broker.Secret) error {
-	shown := f.Get("client_secret")
-	if _, password, ok := r.BasicAuth(); ok {
-		var err error
-		if shown, err = url.QueryUnescape(password); err != nil {
-			shown = password
+	for _, shown := range shownSecrets(r, f) {
+		if shown != "" && broker.NewSecret(shown).Equal(want) {
+			return nil
 		}
-	}
-	if !want.IsZero() && broker.NewSecret(shown).Equal(want) {
-		return nil
 	}
 	return broker.Errorf(broker.UnknownPeer, "the hub's client secret is missing or not the one the token broker has").
 		Hint("compare the hub's client_secret with the broker's client_secret_file")
+}
+
+// shownSecrets returns what may be the client's secret: from the form, or from
+// HTTP Basic, where RFC 6749, section 2.3.1, wants it escaped and OAuthenticator
+// doesn't.
+func shownSecrets(r *http.Request, f url.Values) []string {
+	_, plain, ok := r.BasicAuth()
+	if !ok {
+		return []string{f.Get("client_secret")}
+	}
+	escaped, _ := url.QueryUnescape(plain)
+	return []string{plain, escaped}
 }
 
 func (t tokenEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {

@@ -51,14 +51,22 @@ func TestARequestHoldsWhatItsKindNeedsAndNothingElse(t *testing.T) {
 		got.Set("?basic", id+" "+secret)
 		io.WriteString(w, `{"access_token":"a"}`)
 	})
-	p, err := oauthprovider.New(oauthprovider.Config{
+	cfg := oauthprovider.Config{
 		Name: "lab", ClientID: "hub:1", ClientSecret: broker.NewSecret("p%ss w:rd"),
 		Endpoints: oauthprovider.Endpoints{Token: u + "/token", Revocation: u + "/revoke"},
 		Audiences: map[string][]string{"storage": {"storage", "read"}},
-	})
+	}
+	p, err := oauthprovider.New(cfg)
 	if err != nil {
 		t.Fatal(err)
 	}
+	cfg.Profile = "keycloak"
+	keycloak, err := oauthprovider.New(cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const exchange = "?path=/token&grant_type=urn:ietf:params:oauth:grant-type:token-exchange&subject_token=a" +
+		"&subject_token_type=urn:ietf:params:oauth:token-type:access_token&requested_token_type=urn:ietf:params:oauth:token-type:access_token"
 	// Form-encoded before Basic: RFC 6749, section 2.3.1.
 	const basic = "hub%3A1 p%25ss+w%3Ard"
 	for _, tt := range []struct {
@@ -75,11 +83,11 @@ func TestARequestHoldsWhatItsKindNeedsAndNothingElse(t *testing.T) {
 			"?path=/token&grant_type=refresh_token&refresh_token=r&scope=read write"},
 		{"exchange", func(ctx context.Context) {
 			p.Exchange(ctx, broker.NewSecret("a"), broker.Target{Audience: "storage", Scopes: []string{"read"}})
-		}, "?path=/token&grant_type=urn:ietf:params:oauth:grant-type:token-exchange&subject_token=a&subject_token_type=urn:ietf:params:oauth:token-type:access_token" +
-			"&requested_token_type=urn:ietf:params:oauth:token-type:access_token&audience=storage&scope=read storage"},
-		{"exchange of the whole", func(ctx context.Context) { p.Exchange(ctx, broker.NewSecret("a"), broker.Target{}) },
-			"?path=/token&grant_type=urn:ietf:params:oauth:grant-type:token-exchange&subject_token=a&subject_token_type=urn:ietf:params:oauth:token-type:access_token" +
-				"&requested_token_type=urn:ietf:params:oauth:token-type:access_token"},
+		}, exchange + "&audience=storage&scope=read storage"},
+		{"exchange of the whole", func(ctx context.Context) { p.Exchange(ctx, broker.NewSecret("a"), broker.Target{}) }, exchange},
+		{"exchange at Keycloak, which must not lose openid", func(ctx context.Context) {
+			keycloak.Exchange(ctx, broker.NewSecret("a"), broker.Target{Audience: "storage", Scopes: []string{"write"}})
+		}, exchange + "&audience=storage&scope=openid read storage write"},
 		{"revoke", func(ctx context.Context) { p.Revoke(ctx, broker.NewSecret("r")) },
 			"?path=/revoke&token=r&token_type_hint=refresh_token"},
 	} {

@@ -91,6 +91,8 @@ func (s *stranger) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			w.WriteHeader(http.StatusNotFound)
 		}
 		io.WriteString(w, s.userinfo)
+	default:
+		w.WriteHeader(http.StatusNotFound)
 	}
 }
 
@@ -383,6 +385,7 @@ func TestTheDiscoveryDocumentMustNameTheIssuer(t *testing.T) {
 	s.document = claimset{"token_endpoint": nil}
 	_, _, err = s.login(s.client(nil))
 	wantClass(t, err, broker.TryLater, "discovery_unreadable")
+	wantClass(t, s.client(func(c *oauthprovider.Config) { c.DiscoveryURL = s.issuer + "/nowhere/.well-known/x" }).Check(t.Context()), broker.Misconfigured, "discovery_not_found")
 	s.document = claimset{"token_endpoint": "file:///etc/passwd"}
 	_, _, err = s.login(s.client(nil))
 	wantClass(t, err, broker.Misconfigured, "endpoint_unsafe")

@@ -163,6 +163,9 @@ func (p *Provider) get(ctx context.Context, from string) ([]byte, error) {
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
 		class, reason := byStatus(opLook, resp.StatusCode, false)
+		if resp.StatusCode == http.StatusNotFound {
+			class, reason = broker.Misconfigured, "not_found" // a realm or path that there is not
+		}
 		return nil, &broker.ProviderError{Class: class, Reason: "discovery_" + reason, Status: resp.StatusCode, RetryAfter: retryAfter(resp.Header)}
 	}
 	body, err := io.ReadAll(resp.Body)

@@ -8,6 +8,8 @@ type profile struct {
 	narrowing broker.Narrowing
 	// implied scopes come with every token and give no rights at a service.
 	implied []string
+	// exchanged scopes are asked for with every exchange.
+	exchanged []string
 	// userinfoRoles says that a role claim which the tokens don't have may still
 	// be in the userinfo answer. Where it is false an absent claim is empty.
 	userinfoRoles bool
@@ -34,6 +36,10 @@ var profiles = map[string]profile{
 	"keycloak": {
 		narrowing: broker.ByExchange,
 		implied:   []string{"acr", "basic", "email", "offline_access", "openid", "profile", "roles", "web-origins"},
+		// An exchange without openid takes openid from the whole session (measured
+		// on 26.5.5): refreshes then bring no ID token and no openid, the hub's
+		// userinfo call gets 403, and the hub logs the user out.
+		exchanged: []string{"openid"},
 		rules: []rule{
 			{opRefresh, "invalid_grant", "User disabled", broker.Disabled, "user_disabled"},
 			{opRefresh, "invalid_grant", "Token is not active", broker.Dead, "expired"},

@@ -266,7 +266,7 @@ func (p *Provider) Exchange(ctx context.Context, access broker.Secret, t broker.
 	if t.Audience != "" {
 		form.Set("audience", t.Audience)
 	}
-	if scopes := set(t.Scopes, p.cfg.Audiences[t.Audience]); len(scopes) > 0 {
+	if scopes := set(t.Scopes, p.cfg.Audiences[t.Audience], p.profile.exchanged); len(scopes) > 0 {
 		form.Set("scope", strings.Join(scopes, " "))
 	}
 	a, err := p.ask(ctx, m, opExchange, form)

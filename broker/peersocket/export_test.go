@@ -4,7 +4,6 @@ import "time"
 
 var (
 	Protocol      = protocol
-	ParseStart    = parseStart
 	DirectoryName = directoryName
 )
 

@@ -29,30 +29,3 @@ func FuzzProtocol(f *testing.F) {
 		}
 	})
 }
-
-func FuzzStartTime(f *testing.F) {
-	f.Add([]byte("1 (a) S 0 1 1 0 -1 4194560 1 1 1 1 1 1 1 1 20 0 1 0 4242 1 1"))
-	f.Add([]byte("1 (a b) c) S 0 1 1 0 -1 4194560 1 1 1 1 1 1 1 1 20 0 1 0 7"))
-	f.Add([]byte("1 ((((("))
-	f.Fuzz(func(t *testing.T, stat []byte) {
-		got, err := peersocket.ParseStart(stat)
-		if err != nil && got != 0 {
-			t.Errorf("ParseStart: %d with %v", got, err)
-		}
-	})
-}
-
-func TestTheStartTimeIsReadPastAnyName(t *testing.T) {
-	const tail = " S 0 1 1 0 -1 4194560 1 1 1 1 1 1 1 1 20 0 1 0 4242 1 1"
-	for _, name := range []string{"(sh)", "(a b)", "(a) S 1 2 3)", "())"} {
-		got, err := peersocket.ParseStart([]byte("17 " + name + tail))
-		if err != nil || got != 4242 {
-			t.Errorf("ParseStart of %s: %d, %v, want 4242", name, got, err)
-		}
-	}
-	for _, bad := range []string{"", "17 sh S", "17 (sh) S 0 1", "17 (sh)" + " S 0 1 1 0 -1 4194560 1 1 1 1 1 1 1 1 20 0 1 0 x"} {
-		if got, err := peersocket.ParseStart([]byte(bad)); err == nil {
-			t.Errorf("ParseStart(%q): %d, want an error", bad, got)
-		}
-	}
-}

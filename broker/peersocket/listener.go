@@ -95,13 +95,7 @@ func listenFor(key, path string, uid uint32, log *slog.Logger) (*Listener, error
 // makeSafe makes dir for others to enter, or checks that they can't write to
 // the one that is there: they could put a socket of theirs in our place.
 func makeSafe(dir string) error {
-	err := os.MkdirAll(filepath.Dir(dir), 0o755)
-	if err == nil {
-		err = os.Mkdir(dir, 0o755)
-	}
-	if err == nil {
-		return os.Chmod(dir, 0o755) // whatever our umask took away
-	}
+	err := makeOpen(dir)
 	if !errors.Is(err, fs.ErrExist) {
 		return err
 	}
@@ -114,4 +108,20 @@ func makeSafe(dir string) error {
 			dir, info.Mode().Perm())
 	}
 	return nil
+}
+
+// makeOpen makes dir, and what is missing above it, for others to enter: a hub
+// that isn't root has to get past all of them.
+func makeOpen(dir string) error {
+	err := os.Mkdir(dir, 0o755)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := makeOpen(filepath.Dir(dir)); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		err = os.Mkdir(dir, 0o755)
+	}
+	if err != nil {
+		return err
+	}
+	return os.Chmod(dir, 0o755) // whatever our umask took away
 }

@@ -40,6 +40,29 @@ func TestOnlyTheHubSpeaksOnItsSocket(t *testing.T) {
 	}
 }
 
+func TestABrokerThatMayNotGiveFilesAwayChecksThePeer(t *testing.T) {
+	needRoot(t)
+	const brokerUID, stranger = 65531, 65533
+	dir := shortDir(t)
+	if err := os.Chown(dir, brokerUID, -1); err != nil {
+		t.Fatal(err)
+	}
+	path := dir + "/hub/hub.sock"
+	if got := start(t, "hub", brokerUID, path).says(t); got != "open: <nil>" {
+		t.Fatal(got)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := info.Mode().Perm(); got != 0o666 {
+		t.Errorf("mode: %04o, want 0666", got)
+	}
+	if got := start(t, "dial", stranger, path).says(t); got != `answer: ""` {
+		t.Errorf("a stranger: %s, want no answer", got)
+	}
+}
+
 func TestTheAdministratorsSocketIsOursAlone(t *testing.T) {
 	path := shortDir(t) + "/tokenbroker/admin.sock"
 	l, err := peersocket.ListenAdmin(path, quiet)
@@ -83,6 +106,25 @@ func TestAHubContainerSeesTheNewSocketAfterARestart(t *testing.T) {
 	}
 	if inodes[0] != inodes[1] {
 		t.Errorf("inode of the directory: %d, then %d", inodes[0], inodes[1])
+	}
+}
+
+func TestAHubCanReachItsSocketWhateverTheUmask(t *testing.T) {
+	defer syscall.Umask(syscall.Umask(0o077))
+	dir := shortDir(t) + "/run"
+	l, err := peersocket.ListenHub(dir+"/hubs/main/hub.sock", "main", uint32(os.Getuid()), quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	for _, path := range []string{dir, dir + "/hubs", dir + "/hubs/main"} {
+		info, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := info.Mode().Perm(); got != 0o755 {
+			t.Errorf("mode of %s: %04o, want 0755", path, got)
+		}
 	}
 }
 

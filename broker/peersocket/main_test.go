@@ -26,6 +26,8 @@ func TestMain(m *testing.M) {
 		actDial()
 	case "broker":
 		actBroker()
+	case "hub":
+		actHub()
 	default:
 		goleak.VerifyTestMain(m)
 	}
@@ -55,6 +57,15 @@ func actBroker() {
 	if err == nil {
 		_, err = peersocket.ListenHub(os.Args[2], "main", uint32(os.Getuid()), quiet)
 	}
+	fmt.Printf("open: %v\n", err)
+	io.Copy(io.Discard, os.Stdin)
+	os.Exit(0)
+}
+
+// actHub opens the socket of a hub that runs as another uid, which we may not
+// give a file to.
+func actHub() {
+	_, err := peersocket.ListenHub(os.Args[1], "main", uint32(os.Getuid())+1, quiet)
 	fmt.Printf("open: %v\n", err)
 	io.Copy(io.Discard, os.Stdin)
 	os.Exit(0)

@@ -128,7 +128,16 @@ func (s *Store) keeping(ctx context.Context) error {
 		return s.sentence(err)
 	}
 	info := parseInfo(text)
-	return errors.Join(s.checkEviction(info), s.checkPersistence(info))
+	return errors.Join(s.checkEviction(info), s.checkPersistence(info), s.checkWait(ctx))
+}
+
+// checkWait looks whether we may ask replicas what they have; see Settle. A
+// stand-in for Redis need not know how.
+func (s *Store) checkWait(ctx context.Context) error {
+	if s.cfg.AllowNoPersistence {
+		return nil
+	}
+	return s.sentence(s.client.Do(ctx, "WAIT", 0, 1).Err())
 }
 
 func parseInfo(text string) map[string]string {

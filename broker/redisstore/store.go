@@ -15,7 +15,7 @@
 // missing:
 //
 //	~tokenbroker:* +ping +select +info +eval +evalsha +time
-//	+get +set +hget +hmget +hset +del +persist +pexpire +sadd +srem +smembers
+//	+get +set +hget +hmget +hset +del +persist +pexpire +sadd +srem +smembers +wait
 package redisstore
 
 import (

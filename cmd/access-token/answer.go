@@ -22,7 +22,6 @@ type token struct {
 	Provider    string   `json:"provider"`
 	Audience    string   `json:"audience"`
 	Scopes      []string `json:"scopes"`
-	Ref         string   `json:"ref"`
 }
 
 // token asks for a token as the command line says.
@@ -56,8 +55,8 @@ func (c command) show(ctx context.Context, b *broker, stdout, stderr io.Writer) 
 		return err
 	}
 	claims, ok := decode(t.AccessToken)
-	fmt.Fprintf(stdout, "%s: audience %s, scopes %s, %.0f s left%s, ref %s\n",
-		t.Provider, orDash(t.Audience), orDash(strings.Join(t.Scopes, " ")), t.ExpiresIn, owner(claims), orDash(t.Ref))
+	fmt.Fprintf(stdout, "%s: audience %s, scopes %s, %.0f s left%s\n",
+		t.Provider, orDash(t.Audience), orDash(strings.Join(t.Scopes, " ")), t.ExpiresIn, owner(claims))
 	if !ok {
 		_, err = fmt.Fprintln(stdout, "the token is opaque: it has no claims to show")
 		return err

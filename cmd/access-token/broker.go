@@ -83,6 +83,7 @@ type refusal struct {
 	RetryAfter float64 `json:"retry_after"` // seconds; 0: it won't help
 }
 
+// Error is the sentence.
 func (r *refusal) Error() string { return r.Sentence }
 
 // hint is the next step and the number to quote in it.

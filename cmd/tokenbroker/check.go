@@ -136,6 +136,9 @@ func (k checker) servers() {
 	if k.c.Helper != "" {
 		k.c.Helper = k.file("helper", k.c.Helper)
 	}
+	if !filepath.IsAbs(k.c.Journal) {
+		k.add("journal", "wants an absolute path")
+	}
 	if a := k.c.Audit.File; a != "-" && !filepath.IsAbs(a) {
 		k.add("audit.file", "wants an absolute path, or - for standard output")
 	}

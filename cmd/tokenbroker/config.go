@@ -45,6 +45,10 @@ type Config struct {
 	Admin AdminConfig `yaml:"admin"`
 	// Audit is where the audit lines go.
 	Audit AuditConfig `yaml:"audit"`
+	// Journal is a file of this broker alone, on a disk that outlives a crash: a
+	// refreshed token is safe there before Redis has it. Default: journal beside
+	// servers.directory.
+	Journal string `yaml:"journal"`
 	// Helper is the access-token binary on this host, for the hub to mount into
 	// containers. Default: access-token beside this program or in
 	// ../lib/tokenbroker, if it is there.
@@ -275,6 +279,7 @@ func (c *Config) fill() {
 	}
 	def(&c.Admin.Socket, "/run/tokenbroker/admin.sock")
 	def(&c.Audit.File, "-")
+	def(&c.Journal, filepath.Join(filepath.Dir(c.Servers.Directory), "journal"))
 	def(&c.Helper, helperNearby())
 }
 

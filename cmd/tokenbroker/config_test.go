@@ -89,7 +89,7 @@ func TestAMinimalFileIsCompleted(t *testing.T) {
 		}},
 		Policy: []RuleConfig{{Roles: []string{"researcher"}, Provider: "keycloak", Audiences: []string{"storage"}, MaxTTL: 5 * time.Minute}},
 		Admin:  AdminConfig{"/run/tokenbroker/admin.sock"},
-		Audit:  AuditConfig{"-"},
+		Audit:  AuditConfig{"-"}, Journal: "/var/lib/tokenbroker/journal",
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("load (-want +got):\n%s", diff)

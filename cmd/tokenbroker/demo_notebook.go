@@ -53,6 +53,7 @@ type refusal struct {
 	Ref      string `json:"ref"`
 }
 
+// Error is the code and the sentence.
 func (r *refusal) Error() string { return r.Code + ": " + r.Sentence }
 
 // beNotebook answers questions until there are no more.

@@ -258,6 +258,7 @@ type spiedIDP struct {
 	tokens []string
 }
 
+// ServeHTTP passes a request on and looks at what comes back.
 func (s *spiedIDP) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	tee := &teeWriter{ResponseWriter: w}
 	s.Server.ServeHTTP(tee, r)
@@ -283,6 +284,7 @@ type teeWriter struct {
 	text bytes.Buffer
 }
 
+// Write keeps a copy.
 func (w *teeWriter) Write(p []byte) (int, error) {
 	w.text.Write(p)
 	return w.ResponseWriter.Write(p)

@@ -54,7 +54,10 @@ type failure struct {
 	hint string
 }
 
+// Error is the error without the hint.
 func (f *failure) Error() string { return f.err.Error() }
+
+// Unwrap returns the error.
 func (f *failure) Unwrap() error { return f.err }
 
 // newRoot returns the tree of commands.

@@ -94,7 +94,7 @@ func (p *parts) broker(cfg *Config, log *slog.Logger) (*broker.Broker, error) {
 		Deployment: cfg.Deployment, Host: broker.HostID(cfg.Host), Contact: cfg.Contact, Version: versionText(),
 		Hubs: hubs, Providers: p.providers, Rules: rules(cfg.Policy),
 		Store: p.store, Keys: p.keys, Attestor: p.attestor, Sockets: p.sockets,
-		Audit: p.audit, Log: log, Helper: cfg.Helper,
+		Audit: p.audit, Log: log, Helper: cfg.Helper, Journal: cfg.Journal,
 	})
 }
 
@@ -120,6 +120,7 @@ func openAttestor(cfg *Config, directory func(broker.ServerKey) (string, error),
 // processAttestor has nothing to close.
 type processAttestor struct{ *spawnerhook.Process }
 
+// Close does nothing.
 func (processAttestor) Close() error { return nil }
 
 // openAudit opens the audit file for its owner only, or takes stdout.
@@ -137,6 +138,7 @@ func openAudit(file string, stdout io.Writer) (io.WriteCloser, error) {
 // keepOpen is a writer that somebody else closes.
 type keepOpen struct{ io.Writer }
 
+// Close leaves the writer open.
 func (keepOpen) Close() error { return nil }
 
 func openStore(cfg *Config) (*redisstore.Store, error) {

@@ -170,6 +170,10 @@ class Answer:
         self.status, self.body, self.retry_after = status, body, retry_after
 
     @property
+    def code(self):
+        return self.body.get("code")
+
+    @property
     def token(self):
         assert self.status == 200, self
         return self.body["access_token"]
@@ -185,10 +189,12 @@ def claims(token):
 
 
 def wait_until_expired(*tokens):
-    """Wait until JWTs have ended."""
-    for token in tokens:
-        end = claims(token)["exp"]
-        wait_for("end of a token", lambda: time.time() > end + 0.5, 90)
+    """Wait until JWTs have ended, also for those who only know their expires_in.
+
+    Keycloak cuts exp to whole seconds, and expires_in counts from the answer.
+    """
+    end = max(claims(token)["exp"] for token in tokens)
+    wait_for("end of the tokens", lambda: time.time() > end + 1.5, 90)
 
 
 class Keycloak:

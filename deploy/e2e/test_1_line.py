@@ -2,9 +2,6 @@
 
 import hashlib
 import io
-import os
-import shutil
-import subprocess
 import time
 import zipfile
 from pathlib import Path
@@ -15,7 +12,7 @@ from leaks import auth_states
 from people import Browser, Refused, claims
 from refstack.docker import inspect
 from refstack.process import wait_for
-from refstack.stack import BROKER, CHECKOUT, STATE
+from refstack.stack import BROKER, CHECKOUT, go_build
 
 
 def test_the_hub_holds_a_handle_and_no_refresh_token(stack, alice):
@@ -104,10 +101,7 @@ except tokenbroker.TokenBrokerError as e:
 @pytest.fixture(scope="session")
 def go_client(alice):
     """A Go program in alice's home that asks over gRPC."""
-    path = STATE / "bin/ask"
-    go = shutil.which("go") or "/usr/local/go/bin/go"
-    subprocess.run([go, "build", "-o", path, "./deploy/e2e/ask"], cwd=CHECKOUT, check=True,
-                   env={**os.environ, "CGO_ENABLED": "0"})
+    path = go_build("deploy/e2e/ask")
     alice.put_bytes("ask", path.read_bytes())
     alice.sh("chmod 755 ask")
     return "./ask"
@@ -142,7 +136,7 @@ def test_a_second_user_gets_his_own_tokens_and_is_denied_what_his_roles_lack(bob
     own = bob.ask("/v1/token/keycloak?scope=openid+profile")
     assert claims(own.token)["preferred_username"] == "bob"
     denied = bob.ask("/v1/token/keycloak?audience=storage")
-    assert (denied.status, denied.body["code"]) == (403, "denied")
+    assert (denied.status, denied.code) == (403, "denied")
     assert "researcher" in denied.body["detail"]
     assert audit(denied.body["ref"])
 
@@ -156,7 +150,7 @@ def test_a_second_user_gets_his_own_tokens_and_is_denied_what_his_roles_lack(bob
 ])
 def test_a_wrong_request_is_told_what_is_wrong(alice, path, status, code, names):
     answer = alice.ask(path)
-    assert (answer.status, answer.body["code"]) == (status, code), answer
+    assert (answer.status, answer.code) == (status, code), answer
     assert names in answer.body["detail"]
     assert answer.body["next"] and answer.body["ref"]
 

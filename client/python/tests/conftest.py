@@ -10,9 +10,9 @@ from client_standin import StandIn  # noqa: E402
 
 
 @pytest.fixture
-def broker(tmp_path, monkeypatch):
+def standin(tmp_path, monkeypatch):
     """A stand-in for the broker on a server's socket, and the way to it."""
-    with StandIn(str(tmp_path / "broker.sock")) as standin:
-        monkeypatch.setenv("TOKENBROKER_SOCKET", standin.path)
+    with StandIn(str(tmp_path / "broker.sock")) as it:
+        monkeypatch.setenv("TOKENBROKER_SOCKET", it.path)
         monkeypatch.setenv("no_proxy", "*")  # the services of the tests are on this machine
-        yield standin
+        yield it

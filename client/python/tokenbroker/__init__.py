@@ -481,7 +481,7 @@ class Auth:
             raise
         if new == old:
             return response
-        response.content  # read to its end, so that the connection can be used again
+        _ = response.content  # read to its end, so that the connection can be used again
         response.close()
         again = sent.copy()
         again.headers["Authorization"] = "Bearer " + new

@@ -21,7 +21,6 @@ class StandIn:
         self.path = str(path)
         self.calls = []  # (path, request), in order
         self.arrived = threading.Condition()
-        self.thaw = threading.Event()
         self.answers = {
             "/v1/claim": {"ref": "1"},
             "/v1/check-session": {"active": True, "stale": False, "token": None, "ref": "2"},
@@ -38,6 +37,7 @@ class StandIn:
 
     def start(self):
         standin = self
+        self.thaw = threading.Event()
 
         class Handler(socketserver.StreamRequestHandler):
             def handle(self):
@@ -46,6 +46,9 @@ class StandIn:
         class Server(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             daemon_threads = True
             request_queue_size = 128
+
+            def handle_error(self, request, client_address):
+                pass  # a hook that was cancelled has hung up
 
         self.server = Server(self.path, Handler)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -77,6 +80,7 @@ class StandIn:
             assert self.arrived.wait_for(lambda: len(self.requests(path)) >= count, 20), f"{path} was not called"
 
     def _handle(self, rfile, wfile):
+        thaw = self.thaw
         method, path, _ = rfile.readline().decode().split()
         headers = {}
         while (line := rfile.readline().decode().strip()) != "":
@@ -92,7 +96,7 @@ class StandIn:
         if callable(answer):
             answer = answer(request)
         if answer is FROZEN:
-            self.thaw.wait()
+            thaw.wait()
             return
         wfile.write(answer if isinstance(answer, Raw) else http(answer))
 

@@ -177,6 +177,19 @@ def test_what_can_not_work_is_refused_by_name(c, starting, broker, section, name
     assert sentence in refused(c, broker)
 
 
+def test_an_old_name_of_the_client_secret_would_win_and_is_refused(c, starting, broker):
+    c.JupyterHub.authenticator_class = "github"
+    c.GitHubOAuthenticator.github_client_secret = "the provider's"
+    assert "GitHubOAuthenticator.github_client_secret is an old name of client_secret" in refused(c, broker)
+
+
+def test_globus_does_not_revoke_with_our_secret(c, starting, broker):
+    c.JupyterHub.authenticator_class = "globus"
+    c.GlobusOAuthenticator.revoke_tokens_on_logout = True
+    install(c, provider="globus", socket=broker.path)
+    assert make(c).revoke_tokens_on_logout is False
+
+
 def test_a_setting_that_is_updated_in_place_is_read_too(c, starting, broker):
     c.OAuthenticator.http_request_kwargs.update({"proxy_host": "proxy.example"})
     assert "to a proxy" in refused(c, broker)

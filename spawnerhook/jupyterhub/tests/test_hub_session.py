@@ -104,7 +104,14 @@ def test_a_login_without_a_handle_claims_nothing(broker, state):
 
 
 @pytest.mark.parametrize(
-    "answer", [FROZEN, Raw(b""), Raw(b"HTTP/1.0 200 OK\r\n\r\n{oops"), (503, {"code": "unavailable"})]
+    "answer",
+    [
+        FROZEN,
+        Raw(b""),
+        Raw(b"HTTP/1.0 200 OK\r\n\r\n{oops"),
+        (503, {"code": "unavailable"}),
+        (429, {"code": "limited"}),
+    ],
 )
 def test_a_claim_that_gets_lost_lets_the_login_go_on(broker, answer):
     broker.answers["/v1/claim"] = answer

@@ -88,6 +88,9 @@ def install(
     section.enable_auth_state = True
     section.token_url = upstream.url
     section.client_secret = upstream.secret
+    if "revoke_tokens_on_logout" in site.authenticator.class_traits():
+        # Globus: it would send our secret to the provider, which knows another.
+        section.revoke_tokens_on_logout = False
     _let_users_without_grant_spawn(site, section, on_no_grant)
 
 
@@ -180,7 +183,17 @@ def _check_authenticator(site):
         raise ConfigError(f"OAuthenticator {_oauthenticator_version()} is too old; it must be 17.3 or newer")
     if not site.get_or_default(cls, "enable_pkce"):
         raise ConfigError(f"{cls.__name__}.enable_pkce is off; the broker exchanges no code without a code verifier")
+    _check_no_old_names(site, cls)
     _check_no_proxy(site, cls)
+
+
+def _check_no_old_names(site, cls):
+    """An old name of a setting is copied over the new one, and so over ours."""
+    for old, (new, *_) in getattr(cls, "_deprecated_oauth_aliases", {}).items():
+        if new in ("client_secret", "token_url", "enable_auth_state") and site.get(cls, old) is not _UNSET:
+            raise ConfigError(
+                f"{cls.__name__}.{old} is an old name of {new}. Remove it; the broker's configuration has its own"
+            )
 
 
 def _oauthenticator_version():

@@ -71,7 +71,8 @@ def login_hook(broker, provider):
             await broker.call("claim", claim)
         except Refused as e:
             authenticator.log.warning("token broker refuses the login of %s: %s", auth_model["name"], e)
-            raise _http_error(403, e.sentence) from None
+            if e.code != "limited":
+                raise _http_error(403, e.sentence) from None
         except BrokerDown as e:
             # CheckSession and Register make good for it: they say the same two names.
             authenticator.log.warning("token broker, login of %s: %s", auth_model["name"], e)

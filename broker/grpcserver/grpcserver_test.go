@@ -1,0 +1,296 @@
+package grpcserver_test
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	healthpb "google.golang.org/grpc/health/grpc_health_v1"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/protojson"
+
+	"tokenbroker/broker"
+	"tokenbroker/broker/brokertest"
+	"tokenbroker/broker/grpcserver"
+	"tokenbroker/broker/seal"
+	pb "tokenbroker/proto/tokenbroker/v1"
+)
+
+// That gRPC and JSON say the same is tested in package httpserver; here is what
+// only gRPC has.
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// Peers as the sockets of a server, a hub and the administrator have them.
+var (
+	workload = broker.ServerKey{Hub: "main", User: "alice"}
+	asServer = func(p *broker.Peer) { p.Server = workload }
+	asHub    = func(p *broker.Peer) { p.Hub = "main" }
+	asAdmin  = func(*broker.Peer) {}
+)
+
+// A rig is a broker on which alice has logged in and her server runs.
+type rig struct {
+	t        *testing.T
+	b        *broker.Broker
+	store    *brokertest.MemStore
+	provider *brokertest.Provider
+	log      bytes.Buffer
+	logger   *slog.Logger
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	r := &rig{t: t, store: brokertest.NewMemStore(), provider: brokertest.NewProvider("keycloak")}
+	r.logger = slog.New(slog.NewTextHandler(&r.log, nil))
+	keys, err := seal.New()
+	check(t, err)
+	attestor := brokertest.NewAttestor()
+	r.b, err = broker.New(broker.Config{
+		Deployment: "test", Host: "here", Contact: "it-help@lab.example", Version: "v1",
+		Hubs:      map[broker.HubID]broker.Hub{"main": {Login: "keycloak"}},
+		Providers: []broker.Provider{r.provider},
+		Rules:     []broker.Rule{{Provider: "keycloak", Audiences: []string{"storage"}, Scopes: []string{"read"}}},
+		Store:     r.store, Keys: keys, Attestor: attestor, Sockets: brokertest.NewSockets(), Audit: io.Discard, Log: r.logger,
+		Journal: t.TempDir() + "/journal",
+	})
+	check(t, err)
+	check(t, r.b.Start(context.Background()))
+	t.Cleanup(r.b.Close)
+	r.login("alice")
+	attestor.Run("jupyter-alice", int32(os.Getpid()))
+	_, err = r.b.Register(context.Background(), "main", broker.RegisterRequest{User: "alice", ContainerName: "jupyter-alice"})
+	check(t, err)
+	return r
+}
+
+func (r *rig) login(user broker.UserID) {
+	r.t.Helper()
+	ctx := context.Background()
+	r.provider.SetRoles(string(user), "researcher")
+	token, err := r.b.Login(ctx, "main", "keycloak", broker.CodeGrant{Code: broker.NewSecret(string(user)), Verifier: broker.NewSecret("v")})
+	check(r.t, err)
+	_, err = r.b.Claim(ctx, "main", "keycloak", token.Handle, user)
+	check(r.t, err)
+}
+
+// peerListener gives each connection a Peer, or none.
+type peerListener struct {
+	net.Listener
+	as func(*broker.Peer)
+}
+
+type peerConn struct {
+	net.Conn
+	peer *broker.Peer
+}
+
+func (c peerConn) Peer() *broker.Peer { return c.peer }
+
+func (l peerListener) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil || l.as == nil {
+		return c, err
+	}
+	p := &broker.Peer{PID: int32(os.Getpid()), UID: uint32(os.Getuid())}
+	l.as(p)
+	return peerConn{c, p}, nil
+}
+
+// dial serves s to a client whose peer is as it says.
+func (r *rig) dial(s *grpc.Server, as func(*broker.Peer)) *grpc.ClientConn {
+	r.t.Helper()
+	dir, err := os.MkdirTemp("", "grpc")
+	check(r.t, err)
+	ln, err := net.Listen("unix", dir+"/sock")
+	check(r.t, err)
+	var served sync.WaitGroup
+	served.Go(func() { s.Serve(peerListener{ln, as}) })
+	cc, err := grpc.NewClient("unix:"+dir+"/sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
+	check(r.t, err)
+	r.t.Cleanup(func() {
+		cc.Close()
+		s.Stop()
+		served.Wait()
+		os.RemoveAll(dir)
+	})
+	return cc
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestTheAdministratorSeesAllButSecrets(t *testing.T) {
+	r := newRig(t)
+	c := pb.NewAdminClient(r.dial(grpcserver.NewAdmin(r.b, r.logger), asAdmin))
+	ctx := context.Background()
+
+	st, err := c.Status(ctx, &pb.StatusRequest{})
+	check(t, err)
+	if st.Deployment != "test" || st.Host != "here" || st.Version != "v1" || !st.Store.GetOk() || st.Attestation.GetDetail() != "pidfd+ns" ||
+		len(st.Providers) != 1 || st.StartedAt == nil || st.Registrations["reserved"]+st.Registrations["bound"] != 1 {
+		t.Errorf("Status: %v", st)
+	}
+
+	grants, err := c.ListGrants(ctx, &pb.ListGrantsRequest{User: "alice"})
+	check(t, err)
+	if len(grants.Grants) != 1 {
+		t.Fatalf("ListGrants: %v, want one", grants)
+	}
+	g := grants.Grants[0]
+	if g.Hub != "main" || g.User != "alice" || g.Sub != "alice" || g.State != pb.GrantState_GRANT_STATE_LIVE || g.Version == 0 ||
+		len(g.Roles) != 1 || g.RefreshedAt == nil || g.ExpiresAt != nil || g.OutstandingUntil == nil {
+		t.Errorf("ListGrants: %v", g)
+	}
+	if text := protojson.Format(grants); strings.Contains(text, r.provider.RefreshToken("alice")) {
+		t.Errorf("ListGrants shows the refresh token: %s", text)
+	}
+
+	regs, err := c.ListRegistrations(ctx, &pb.ListRegistrationsRequest{})
+	check(t, err)
+	if len(regs.Registrations) != 1 || regs.Registrations[0].User != "alice" || regs.Registrations[0].Generation == 0 {
+		t.Errorf("ListRegistrations: %v", regs)
+	}
+
+	gone, err := c.Disconnect(ctx, &pb.DisconnectRequest{User: "alice"})
+	check(t, err)
+	if len(gone.Disconnected) != 1 || gone.Disconnected[0].IssuingStoppedAt == nil || gone.Ref == "" {
+		t.Errorf("Disconnect: %v", gone)
+	}
+	_, err = c.Disconnect(ctx, &pb.DisconnectRequest{User: "nobody"})
+	if status.Code(err) != codes.InvalidArgument {
+		t.Errorf("Disconnect of nobody: %v, want INVALID_ARGUMENT", err)
+	}
+}
+
+func TestAFailedListIsToldAndRecorded(t *testing.T) {
+	r := newRig(t)
+	c := pb.NewAdminClient(r.dial(grpcserver.NewAdmin(r.b, r.logger), asAdmin))
+	r.store.Fail(io.ErrUnexpectedEOF)
+	_, err := c.ListGrants(context.Background(), &pb.ListGrantsRequest{})
+	if info := infoOf(err); status.Code(err) != codes.Unavailable || info.GetReason() != "unavailable" || info.GetMetadata()["ref"] == "" {
+		t.Errorf("ListGrants: %v with %v, want UNAVAILABLE with a ref", err, info)
+	}
+}
+
+func infoOf(err error) *errdetails.ErrorInfo {
+	for _, d := range status.Convert(err).Details() {
+		if info, ok := d.(*errdetails.ErrorInfo); ok {
+			return info
+		}
+	}
+	return nil
+}
+
+func TestAServiceKeepsOffOtherSockets(t *testing.T) {
+	r := newRig(t)
+	for _, tt := range []struct {
+		why    string
+		server *grpc.Server
+		method string
+		own    func(*broker.Peer)
+		others []func(*broker.Peer)
+	}{
+		{"Workload", grpcserver.NewWorkload(r.b, r.logger), pb.Workload_ListProviders_FullMethodName, asServer, []func(*broker.Peer){asHub, asAdmin}},
+		{"Hub", grpcserver.NewHub(r.b, r.logger), pb.Hub_Unregister_FullMethodName, asHub, []func(*broker.Peer){asServer, asAdmin}},
+		{"Admin", grpcserver.NewAdmin(r.b, r.logger), pb.Admin_ListRegistrations_FullMethodName, asAdmin, []func(*broker.Peer){asServer, asHub}},
+	} {
+		call := func(as func(*broker.Peer)) error {
+			return r.dial(tt.server, as).Invoke(context.Background(), tt.method, &pb.StatusRequest{}, &pb.StatusRequest{})
+		}
+		for _, as := range tt.others {
+			if err := call(as); status.Code(err) != codes.Unauthenticated || infoOf(err).GetReason() != "unknown_peer" {
+				t.Errorf("%s on another's socket: %v, want UNAUTHENTICATED", tt.why, err)
+			}
+		}
+		if err := call(tt.own); status.Code(err) == codes.Unauthenticated {
+			t.Errorf("%s on its own socket: %v", tt.why, err)
+		}
+	}
+}
+
+func TestAConnectionWithoutAPeerIsEnded(t *testing.T) {
+	r := newRig(t)
+	cc := r.dial(grpcserver.NewWorkload(r.b, r.logger), nil)
+	_, err := pb.NewWorkloadClient(cc).GetToken(context.Background(), &pb.GetTokenRequest{})
+	if status.Code(err) != codes.Unavailable {
+		t.Errorf("GetToken: %v, want UNAVAILABLE", err)
+	}
+}
+
+func TestEachServerSaysThatItServes(t *testing.T) {
+	r := newRig(t)
+	cc := r.dial(grpcserver.NewWorkload(r.b, r.logger), asServer)
+	for _, service := range []string{"", "tokenbroker.v1.Workload"} {
+		got, err := healthpb.NewHealthClient(cc).Check(context.Background(), &healthpb.HealthCheckRequest{Service: service})
+		if err != nil || got.Status != healthpb.HealthCheckResponse_SERVING {
+			t.Errorf("health of %q: %v, %v", service, got, err)
+		}
+	}
+	err := cc.Invoke(context.Background(), pb.Hub_Claim_FullMethodName, &pb.ClaimRequest{}, &pb.ClaimResponse{})
+	if status.Code(err) != codes.Unimplemented {
+		t.Errorf("a hub's method: %v, want UNIMPLEMENTED", err)
+	}
+}
+
+func TestACrashTellsNothing(t *testing.T) {
+	r := newRig(t)
+	c := pb.NewHubClient(r.dial(grpcserver.NewHub(r.b, r.logger), asHub))
+	const secret = "a secret in a panic"
+	r.store.Before(func(string, broker.Key) error { panic(secret) })
+	_, err := c.Register(context.Background(), &pb.RegisterRequest{User: "alice", ContainerName: "c"})
+	if info := infoOf(err); status.Code(err) != codes.Internal || info.GetReason() != "internal" || info.GetMetadata()["ref"] == "" {
+		t.Errorf("Register: %v with %v, want INTERNAL with a ref", err, info)
+	}
+	r.store.Before(nil)
+	if strings.Contains(err.Error()+r.log.String(), secret) {
+		t.Errorf("a crash told its value: %v, %s", err, r.log.String())
+	}
+	if !strings.Contains(r.log.String(), "stack") {
+		t.Error("the log has no stack of the crash")
+	}
+}
+
+func TestACallerWhoLeavesEndsHisOwnCallOnly(t *testing.T) {
+	r := newRig(t)
+	c := pb.NewWorkloadClient(r.dial(grpcserver.NewWorkload(r.b, r.logger), asServer))
+	asked, answer := make(chan struct{}), make(chan struct{})
+	r.provider.Next(brokertest.Answer{Before: func() { close(asked); <-answer }})
+	r.store.Advance(time.Hour)
+	r.login("bob") // moves the revision, so that the broker reads the time anew
+
+	ctx, leave := context.WithCancel(context.Background())
+	left := make(chan error)
+	go func() {
+		_, err := c.GetToken(ctx, &pb.GetTokenRequest{})
+		left <- err
+	}()
+	<-asked
+	leave()
+	if err := <-left; status.Code(err) != codes.Canceled {
+		t.Errorf("GetToken after leaving: %v, want CANCELLED", err)
+	}
+	close(answer)
+	if _, err := c.GetToken(context.Background(), &pb.GetTokenRequest{}); err != nil {
+		t.Errorf("GetToken of the next one: %v", err)
+	}
+	if n := r.provider.Calls("refresh"); n != 1 {
+		t.Errorf("the provider was asked %d times, want once", n)
+	}
+}

@@ -1,0 +1,197 @@
+package broker_test
+
+import (
+	"context"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"tokenbroker/broker"
+	"tokenbroker/broker/brokertest"
+)
+
+// restarted closes r's broker and starts it again, as after a crash: what it had
+// in memory is gone, its journal and the store are there.
+func (r *rig) restarted() {
+	r.t.Helper()
+	r.Close()
+	r.start()
+}
+
+func TestAnswerThatTheStoreNeverTookIsRestoredAtTheStart(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() { r.store.Fail(errors.New("away")) }})
+		r.refused(p, broker.Want{}, broker.ErrUnavailable) // and the broker gave up
+		r.store.Fail(nil)
+		r.restarted()
+		r.token(r.peer("alice", 100), broker.Want{})
+		if g := r.grant("alice"); g.State != broker.Live {
+			t.Errorf("the grant is %s (%s): the answer was lost", g.State, g.Reason)
+		}
+	})
+}
+
+func TestStoreThatFallsBackGetsTheNewerRefreshToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		replica := r.store.Copy()
+		expire()
+		r.token(p, broker.Want{})
+		r.store.Fallback(replica)
+		expire()
+		r.token(p, broker.Want{})
+		if g := r.grant("alice"); g.State != broker.Live {
+			t.Errorf("the grant is %s (%s): a spent token was sent", g.State, g.Reason)
+		}
+		if !strings.Contains(r.log.String(), "the store fell back to an older grant") {
+			t.Error("nobody was told")
+		}
+	})
+}
+
+func TestDisconnectOutlivesAStoreThatForgetsIt(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		inBubble(t, func(r *rig) {
+			r.loggedIn("alice")
+			p := r.running("alice", 100)
+			other := r.second()
+			defer func() { other.Close() }()
+			q := other.running("alice", 200)
+			backup := r.store.Copy()
+			time.Sleep(time.Second)
+			r.token(p, broker.Want{})
+			if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+				t.Fatal(err)
+			}
+			r.store.Fallback(backup)
+			if restart {
+				r.restarted()
+				p = r.peer("alice", 100)
+			}
+			time.Sleep(time.Second)
+			r.refused(p, broker.Want{}, broker.ErrRevoked)
+			time.Sleep(time.Second)
+			other.refused(q, broker.Want{}, broker.ErrRevoked) // put right for all
+		})
+	}
+}
+
+func TestDisconnectedGrantNeverComesBackFromAJournal(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		other := r.second()
+		defer func() { other.Close() }()
+		expire()
+		r.token(r.running("alice", 100), broker.Want{}) // r's journal has the newest token
+		r.Close()                                       // and r is dead
+		if _, _, err := other.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+			t.Fatal(err)
+		}
+		r.start()
+		r.refused(r.peer("alice", 100), broker.Want{}, broker.ErrRevoked)
+		if g := r.grant("alice"); g.Tombstone.IsZero() {
+			t.Error("the tombstone is gone")
+		}
+	})
+}
+
+func TestLoginAfterAllWasLostIsNotReplacedByAnOlderToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		for range 3 {
+			expire()
+			r.token(p, broker.Want{})
+		}
+		other := r.second()
+		defer func() { other.Close() }()
+		r.store.Fallback(nil)
+		other.loggedIn("alice")
+		r.restarted()
+		other.token(other.running("alice", 200), broker.Want{})
+		expire()
+		if _, err := other.CheckSession(context.Background(), "main", "keycloak", other.login("alice"), "alice", ""); err != nil {
+			t.Fatal(err)
+		}
+		if g := other.grant("alice"); g.State != broker.Live {
+			t.Errorf("the grant is %s (%s)", g.State, g.Reason)
+		}
+	})
+}
+
+func TestSpentTokenWithoutItsSuccessorIsNotSent(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		backup := r.store.Copy()
+		expire()
+		r.token(p, broker.Want{})
+		time.Sleep(time.Minute) // the journal has let go of the token
+		if n := r.Boxes(); n != 0 {
+			t.Fatalf("%d grants are still in the journal", n)
+		}
+		r.store.Fallback(backup)
+		expire()
+		calls := r.provider.Calls("refresh")
+		said := r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+		if !strings.Contains(said.Sentence, "store_lost") || r.provider.Calls("refresh") != calls {
+			t.Errorf("said %q after %d refreshes", said.Sentence, r.provider.Calls("refresh")-calls)
+		}
+		r.loggedIn("alice")
+		r.token(p, broker.Want{})
+	})
+}
+
+func TestJournalKeepsWhatTheStoreDoesNotSettle(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.store.Before(func(method string, _ broker.Key) error {
+			if method == "Settle" {
+				return errors.New("no persistence")
+			}
+			return nil
+		})
+		r.loggedIn("alice")
+		time.Sleep(time.Minute)
+		if n := r.Boxes(); n != 1 {
+			t.Errorf("%d grants in the journal, want the one that is not safe", n)
+		}
+		r.store.Before(nil)
+		time.Sleep(time.Minute)
+		if n := r.Boxes(); n != 0 {
+			t.Errorf("%d grants in the journal, want none", n)
+		}
+	})
+}
+
+func TestFullDiskSpendsNoRefreshToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		if err := r.FillDisk(); err != nil {
+			t.Fatal(err)
+		}
+		said := r.refused(p, broker.Want{}, broker.ErrUnavailable)
+		if !strings.Contains(said.Sentence, "disk") || r.provider.Calls("refresh") != 0 {
+			t.Errorf("said %q after %d refreshes", said.Sentence, r.provider.Calls("refresh"))
+		}
+	})
+}
+
+func TestSecondBrokerOnOneJournalRefusesToStart(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		b, err := broker.New(r.cfg)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := b.Start(context.Background()); err == nil || !strings.Contains(err.Error(), "only one broker") {
+			t.Errorf("Start: %v", err)
+		}
+		b.Close()
+	})
+}

@@ -1,0 +1,6 @@
+package peersocket
+
+var (
+	ParseStart = parseStart
+	StartTime  = startTime
+)
