@@ -161,7 +161,7 @@ func (b *Broker) Start(ctx context.Context) error {
 
 // Close stops watching and returns when the refreshes under way have ended, so
 // that no answer of a provider is lost. Sockets and Store stay open; whoever
-// made them closes them afterwards.
+// made them closes them afterwards. It is called once.
 func (b *Broker) Close() {
 	close(b.closing)
 	b.stop()
