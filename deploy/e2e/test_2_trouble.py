@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from conftest import CLIENT_GONE
 from leaks import auth_states
 from people import Browser, Refused, claims, wait_until_expired
 from refstack.docker import inspect
@@ -124,6 +125,7 @@ def test_a_broker_killed_amid_a_refresh_loses_nothing(stack, alice, faults):
               " stdout=subprocess.PIPE, text=True)")
     wait_for("a refresh under way", lambda: faults.count(REFRESH, "alice") > before)
     stack.processes["broker"].stop(signal.SIGKILL)
+    wait_for("the end of its call", lambda: faults.count(REFRESH, "alice", CLIENT_GONE))
     faults.clear()
     stack.start("broker")
     # The lease of the dead one has to run out first.
