@@ -439,3 +439,14 @@ func TestTokenOfOlderRightsIsNotServed(t *testing.T) {
 		}
 	})
 }
+
+func TestTokenIsNotServedInTheSecondThatItsEndMayFallInto(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{})
+		time.Sleep(5*time.Minute - 500*time.Millisecond)
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.TryLater}})
+		r.refused(p, broker.Want{}, broker.ErrProviderDown)
+	})
+}
