@@ -180,6 +180,7 @@ func (j *journal) write(e journalEntry) error {
 	if _, err := j.file.WriteAt(line, j.end); err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}
+	failpoint("journal written")
 	if err := j.file.Sync(); err != nil {
 		return fmt.Errorf("sync journal: %w", err)
 	}

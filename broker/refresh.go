@@ -75,7 +75,7 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 		return cachedToken{}, err
 	}
 	defer leave()
-	for deadline := time.Now().Add(2 * leaseFor); ; {
+	for deadline := time.Now().Add(2 * scaled(leaseFor)); ; {
 		if t, ok := b.recall(ctx, e.key, e.good); ok {
 			return t, nil
 		}
@@ -101,16 +101,20 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 	if err := b.journal.ready(); err != nil {
 		return cachedToken{}, Errorf(Unavailable, "the token broker's own disk is full").Because(err)
 	}
+	failpoint("before begin")
 	began := time.Now()
 	g, err := b.begin(ctx, e.key.grant, p.Info().Issuer)
 	if err != nil {
 		return cachedToken{}, err
 	}
-	if time.Since(began) > sendWithin {
+	failpoint("after begin")
+	if time.Since(began) > scaled(sendWithin) {
 		b.release(ctx, g, false)
 		return cachedToken{}, Errorf(Unavailable, "the token broker's store is too slow")
 	}
+	failpoint("before send")
 	id, iss, err := p.Refresh(ctx, g.Refresh, g.Key.Sub, e.scopes)
+	failpoint("answer read")
 	if err != nil {
 		return cachedToken{}, b.unsuccessful(ctx, g, iss, err)
 	}
@@ -123,7 +127,9 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 			return cachedToken{}, err
 		}
 	}
+	failpoint("before keep")
 	b.keep(ctx, e.key, t)
+	failpoint("after keep")
 	return t, nil
 }
 
@@ -145,7 +151,7 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 			return errBusy
 		}
 		lost := g.Mark.Attempt != "" // whoever left it never learned the answer
-		g.Lease = Lease{Holder: attempt, Until: now.Add(leaseFor)}
+		g.Lease = Lease{Holder: attempt, Until: now.Add(scaled(leaseFor))}
 		g.Mark = Mark{Attempt: attempt, At: now, Lost: lost}
 		return nil
 	})
@@ -171,8 +177,11 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 	next := began
 	moved := next.renewed(id, iss, now, b.cfg.Host)
 	next.OutstandingUntil = latest(next.OutstandingUntil, t.outstandingUntil())
+	failpoint("before journal")
 	b.note(next)
+	failpoint("after journal")
 	g, err := b.insist(ctx, began.Key, func(g *Grant, exists bool) error { return g.follow(exists, began, next) })
+	failpoint("after commit")
 	switch {
 	case err == nil && g.Epoch == next.Epoch:
 		// If others moved the epoch since begin, the token stays one of the old
