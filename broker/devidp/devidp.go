@@ -58,6 +58,11 @@ type Config struct {
 	IDTokenTTL time.Duration // 0: 5 minutes
 	RefreshTTL time.Duration // of a refresh token that isn't used; 0: 8 hours
 
+	// A lenient provider: KeepRefresh never gives a new refresh token, and Grace
+	// is for how long a spent one may be used again. Neither: strict.
+	KeepRefresh bool
+	Grace       time.Duration
+
 	Log *slog.Logger // nil: none
 }
 
