@@ -31,7 +31,8 @@ def stack():
     if stack.settings and not keep:  # a run that was killed left it
         stack.down()
     if not stack.settings:
-        stack.up(hubs=(BROKER, OLD_WAY), token_life=TOKEN_LIFE, refresh_age=REFRESH_AGE)
+        race = bool(os.environ.get("RACE"))
+        stack.up(hubs=(BROKER, OLD_WAY), token_life=TOKEN_LIFE, refresh_age=REFRESH_AGE, race=race)
     yield stack
     if not keep:
         stack.down(keep_logs=True)
