@@ -112,6 +112,10 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 		b.release(ctx, g, false)
 		return cachedToken{}, Errorf(Unavailable, "the token broker's store is too slow")
 	}
+	if t, ok := b.recall(ctx, e.key, e.good); ok { // of whoever had the lease before
+		b.release(ctx, g, false)
+		return t, nil
+	}
 	failpoint("before send")
 	id, iss, err := p.Refresh(ctx, g.Refresh, g.Key.Sub, e.scopes)
 	failpoint("answer read")
@@ -122,6 +126,7 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 	if err != nil {
 		return cachedToken{}, err
 	}
+	defer b.release(ctx, g, false)
 	if e.check != nil {
 		if err := e.check(&t); err != nil {
 			return cachedToken{}, err
@@ -170,7 +175,9 @@ func fence(g *Grant, exists bool, began Grant) error {
 }
 
 // commit stores a provider's answer: in the journal, then in the store, which is
-// asked until it takes it, for the new refresh token exists nowhere else.
+// asked until it takes it, for the new refresh token exists nowhere else. The
+// lease stays: whoever got it now would not find the new access token yet, and
+// refresh again.
 func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issued) (cachedToken, error) {
 	now := b.pulse.now()
 	t := newCachedToken(iss, began.Epoch, now)
@@ -178,7 +185,9 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 	moved := next.renewed(id, iss, now, b.cfg.Host)
 	next.OutstandingUntil = latest(next.OutstandingUntil, t.outstandingUntil())
 	failpoint("before journal")
-	b.note(next)
+	free := next // a copy from the journal is nobody's
+	free.Lease = Lease{}
+	b.note(free)
 	failpoint("after journal")
 	g, err := b.insist(ctx, began.Key, func(g *Grant, exists bool) error { return g.follow(exists, began, next) })
 	failpoint("after commit")
@@ -244,7 +253,7 @@ func (g *Grant) renewed(id Identity, iss Issued, now time.Time, host HostID) (mo
 		g.Epoch = later(g.Epoch, now)
 	}
 	g.Version++
-	g.Lease, g.Mark = Lease{}, Mark{}
+	g.Mark = Mark{}
 	g.RefreshedAt, g.RefreshedBy = now, host
 	return moved
 }

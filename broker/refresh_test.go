@@ -329,3 +329,32 @@ func TestDisconnectEndsTokensOnEveryBroker(t *testing.T) {
 		}
 	})
 }
+
+func TestOtherBrokersWaitUntilTheNewTokenIsShared(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer other.Close()
+		expire()
+		r.store.Before(func(method string, k broker.Key) error {
+			if method == "Put" && k.Kind == "whole" {
+				time.Sleep(time.Second)
+			}
+			return nil
+		})
+		r.provider.Next(brokertest.Answer{Before: func() { time.Sleep(time.Second) }})
+		var both sync.WaitGroup
+		both.Go(func() { r.token(p, broker.Want{}) })
+		both.Go(func() {
+			time.Sleep(500 * time.Millisecond)
+			if s, err := other.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || s.Stale {
+				t.Errorf("CheckSession: %+v, %v", s, err)
+			}
+		})
+		both.Wait()
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("%d refreshes, want 1 for both brokers", n)
+		}
+	})
+}
