@@ -68,6 +68,7 @@ type Broker struct {
 	binds       flights[ServerKey, *server]
 	turns       turns[GrantKey]  // one refresh per grant at a time
 	serverTurns turns[ServerKey] // one Register or Unregister per server
+	uidTurns    turns[uint32]    // one Register per uid
 	bindTurns   turns[ServerKey] // one bind per server
 	slots       chan struct{}    // bounds the binds that Docker's hints start
 
@@ -173,6 +174,16 @@ func (b *Broker) Close() {
 	b.pulse.reads.wait()
 	if b.journal != nil {
 		b.journal.close()
+	}
+}
+
+// closes reports whether Close was called: nothing new is begun then.
+func (b *Broker) closes() bool {
+	select {
+	case <-b.closing:
+		return true
+	default:
+		return false
 	}
 }
 

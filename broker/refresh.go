@@ -22,11 +22,13 @@ import (
 // storing over a disconnected grant, and Epoch says that decisions have to be
 // taken again. Nobody's hanging up stops a refresh that has begun.
 const (
-	// leaseFor outlasts what the provider may take (30 s by its contract), so
-	// that no second attempt starts while the first may still succeed.
+	// leaseFor outlasts what the provider may take, so that no second attempt
+	// starts while the first may still succeed.
 	leaseFor = 45 * time.Second
+	// answerWithin is how long a provider may take, whatever its adapter allows.
+	answerWithin = 30 * time.Second
 	// sendWithin is how old a lease may be when the token is sent; what is left
-	// of it then covers the provider's limit. A broker that was frozen between
+	// of it then covers answerWithin. A broker that was frozen between
 	// begin and send finds itself too late here.
 	sendWithin = 10 * time.Second
 	// leasePoll is how often a grant is looked at that another broker refreshes.
@@ -79,6 +81,9 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 		if t, ok := b.recall(ctx, e.key, e.good); ok {
 			return t, nil
 		}
+		if b.closes() {
+			return cachedToken{}, Errorf(Unavailable, "the token broker is being restarted")
+		}
 		t, err := b.attempt(ctx, e)
 		switch {
 		case err == nil, !errors.Is(err, errBusy) && !errors.Is(err, errMoved):
@@ -117,7 +122,7 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 		return t, nil
 	}
 	failpoint("before send")
-	id, iss, err := p.Refresh(ctx, g.Refresh, g.Key.Sub, e.scopes)
+	id, iss, err := send(ctx, p, g.Refresh, g.Key.Sub, e.scopes)
 	failpoint("answer read")
 	if err != nil {
 		return cachedToken{}, b.unsuccessful(ctx, g, iss, err)
@@ -136,6 +141,13 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 	b.keep(ctx, e.key, t)
 	failpoint("after keep")
 	return t, nil
+}
+
+// send spends a refresh token at p, within the time that the lease allows for it.
+func send(ctx context.Context, p Provider, refresh Secret, sub string, scopes []string) (Identity, Issued, error) {
+	ctx, cancel := context.WithTimeout(ctx, scaled(answerWithin))
+	defer cancel()
+	return p.Refresh(ctx, refresh, sub, scopes)
 }
 
 // begin takes the lease on k. It is also the pre-flight write.
@@ -189,7 +201,11 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 	free.Lease = Lease{}
 	b.note(free)
 	failpoint("after journal")
-	g, err := b.insist(ctx, began.Key, func(g *Grant, exists bool) error { return g.follow(exists, began, next) })
+	var g Grant
+	err := b.insist(ctx, began.Key.record(), func() (err error) {
+		g, err = b.changeStored(ctx, began.Key, func(g *Grant, exists bool) error { return g.follow(exists, began, next) })
+		return err
+	})
 	failpoint("after commit")
 	switch {
 	case err == nil && g.Epoch == next.Epoch:
@@ -268,17 +284,17 @@ func canonical(p ProviderID, roles []string) []string {
 	return sorted(full)
 }
 
-// insist is changeStored that goes on while the store is away.
-func (b *Broker) insist(ctx context.Context, k GrantKey, change func(*Grant, bool) error) (Grant, error) {
+// insist writes k, and goes on while the store is away.
+func (b *Broker) insist(ctx context.Context, k Key, write func() error) error {
 	wait := 20 * time.Millisecond
 	for deadline := time.Now().Add(commitFor); ; {
-		g, err := b.changeStored(ctx, k, change)
+		err := write()
 		if !errors.Is(err, ErrUnavailable) || time.Now().After(deadline) {
-			return g, err
+			return err
 		}
-		b.cfg.Log.Error("a refreshed grant can't be stored; trying again", "grant", k, "err", err)
+		b.cfg.Log.Error("a new refresh token can't be stored; trying again", "record", k, "err", err)
 		if pause(ctx, wait) != nil {
-			return g, err
+			return err
 		}
 		wait = min(2*wait, time.Second)
 	}

@@ -382,3 +382,29 @@ func TestStoreThatHangsIsNoInternalError(t *testing.T) {
 		refused(t, err, broker.ErrUnavailable)
 	})
 }
+
+func TestRefusalNamesNoToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		r.token(r.running("alice", 100), broker.Want{})
+		other := r.second()
+		defer other.Close()
+		p := other.running("alice", 200)
+		var once sync.Once
+		r.store.Before(func(method string, k broker.Key) error {
+			if method == "Get" && k.Kind == "token" { // the other broker has matched, and looks for the token
+				once.Do(func() {
+					if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+						t.Errorf("Disconnect: %v", err)
+					}
+					time.Sleep(time.Second)
+				})
+			}
+			return nil
+		})
+		other.refused(p, broker.Want{}, broker.ErrRevoked)
+		if e := other.audit.entries(t, "token"); len(e) != 1 || e[0].Token != "" || e[0].ExpiresAt != nil {
+			t.Errorf("audit lines: %+v", e)
+		}
+	})
+}
