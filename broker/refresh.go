@@ -113,13 +113,13 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 		return cachedToken{}, err
 	}
 	failpoint("after begin")
-	if time.Since(began) > scaled(sendWithin) {
-		b.release(ctx, g, false)
-		return cachedToken{}, Errorf(Unavailable, "the token broker's store is too slow")
-	}
 	if t, ok := b.recall(ctx, e.key, e.good); ok { // of whoever had the lease before
 		b.release(ctx, g, false)
 		return t, nil
+	}
+	if time.Since(began) > scaled(sendWithin) {
+		b.release(ctx, g, false)
+		return cachedToken{}, Errorf(Unavailable, "the token broker's store is too slow")
 	}
 	failpoint("before send")
 	id, iss, err := send(ctx, p, g.Refresh, g.Key.Sub, e.scopes)
