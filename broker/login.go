@@ -452,11 +452,11 @@ func (b *Broker) beginAdoption(ctx context.Context, t *ticket) error {
 		switch {
 		case h.Sub != "" || h.Dead != "":
 			return errKeep
-		case h.Lease.Until.After(now):
+		case b.held(h.Lease, now):
 			return Errorf(ProviderDown, "%s is being asked about this session already", t.provider)
 		}
 		attempt := rand.Text()
-		h.Lease = Lease{Holder: attempt, Until: now.Add(leaseFor)}
+		h.Lease = b.lease(attempt, now)
 		h.Mark = Mark{Attempt: attempt, At: now, Lost: h.Mark.Attempt != ""}
 		return nil
 	})

@@ -164,14 +164,28 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 			return Errorf(LoginRequired, "%s gave no refresh token at your login", k.Provider)
 		case g.State == GrantDisabled && now.Sub(g.Since) < disabledFor:
 			return disabled(k.Provider)
-		case g.Lease.Until.After(now):
+		case b.held(g.Lease, now):
 			return errBusy
 		}
 		lost := g.Mark.Attempt != "" // whoever left it never learned the answer
-		g.Lease = Lease{Holder: attempt, Until: now.Add(scaled(leaseFor))}
+		g.Lease = b.lease(attempt, now)
 		g.Mark = Mark{Attempt: attempt, At: now, Lost: lost}
 		return nil
 	})
+}
+
+func (b *Broker) lease(attempt string, now time.Time) Lease {
+	return Lease{Holder: attempt, Journal: b.journal.id, Until: now.Add(scaled(leaseFor))}
+}
+
+// held says whether l keeps others out. It does not keep us out if it was taken
+// on our own journal: not by a process that lives, because the journal has one at
+// a time, and not by another refresh of ours, because a grant has one at a time.
+// To wait for its end would gain nothing, the answer to a process that is dead is
+// lost, and with a provider that forgives a second use for 30 s it would cost the
+// grant.
+func (b *Broker) held(l Lease, now time.Time) bool {
+	return l.Until.After(now) && l.Journal != b.journal.id
 }
 
 // fence returns nil if an answer to the token that began held still concerns g:
