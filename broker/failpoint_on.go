@@ -1,9 +1,10 @@
-//go:build failpoints
+//go:build failpoints && linux
 
 package broker
 
 import (
 	"os"
+	"runtime"
 	"strconv"
 	"syscall"
 	"time"
@@ -19,7 +20,11 @@ func failpoint(step string) {
 		select {}
 	case os.Getenv("TOKENBROKER_STOP"):
 		os.Unsetenv("TOKENBROKER_STOP")
-		syscall.Kill(os.Getpid(), syscall.SIGSTOP)
+		// To this very thread, which then can't go on; if another one took the
+		// signal, it could for a moment.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		syscall.Tgkill(os.Getpid(), syscall.Gettid(), syscall.SIGSTOP)
 	}
 }
 

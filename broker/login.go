@@ -423,7 +423,7 @@ func (b *Broker) adopt(ctx context.Context, p Provider, t ticket) (ticket, error
 	if time.Since(began) > sendWithin {
 		return t, b.notAdopted(ctx, &t, &ProviderError{Class: TryLater, Err: errors.New("the token broker's store is too slow")})
 	}
-	id, iss, err := send(ctx, p, t.handle, "", nil)
+	id, iss, err := send(ctx, p, began, t.handle, "", nil)
 	if err == nil && id.Sub == "" {
 		err = &ProviderError{Class: Dead, Reason: "the provider does not say whose it is"}
 	}

@@ -122,7 +122,7 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 		return cachedToken{}, Errorf(Unavailable, "the token broker's store is too slow")
 	}
 	failpoint("before send")
-	id, iss, err := send(ctx, p, g.Refresh, g.Key.Sub, e.scopes)
+	id, iss, err := send(ctx, p, began, g.Refresh, g.Key.Sub, e.scopes)
 	failpoint("answer read")
 	if err != nil {
 		return cachedToken{}, b.unsuccessful(ctx, g, iss, err)
@@ -144,7 +144,11 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 }
 
 // send spends a refresh token at p, within the time that the lease allows for it.
-func send(ctx context.Context, p Provider, refresh Secret, sub string, scopes []string) (Identity, Issued, error) {
+// That is counted from when the lease began, too: a process that was frozen since
+// the age of its lease was checked finds the time over, and sends nothing.
+func send(ctx context.Context, p Provider, began time.Time, refresh Secret, sub string, scopes []string) (Identity, Issued, error) {
+	ctx, end := context.WithDeadline(ctx, began.Add(scaled(sendWithin+answerWithin)))
+	defer end()
 	ctx, cancel := context.WithTimeout(ctx, scaled(answerWithin))
 	defer cancel()
 	return p.Refresh(ctx, refresh, sub, scopes)
