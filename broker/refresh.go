@@ -131,16 +131,21 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 	if err != nil {
 		return cachedToken{}, err
 	}
-	defer b.release(ctx, g, false)
+	defer b.release(ctx, g, false) // and who then gets it finds the token
+	return t, b.share(ctx, e, t)
+}
+
+// share keeps a new token for all brokers.
+func (b *Broker) share(ctx context.Context, e errand, t cachedToken) error {
 	if e.check != nil {
 		if err := e.check(&t); err != nil {
-			return cachedToken{}, err
+			return err
 		}
 	}
 	failpoint("before keep")
 	b.keep(ctx, e.key, t)
 	failpoint("after keep")
-	return t, nil
+	return nil
 }
 
 // send spends a refresh token at p, within the time that the lease allows for it.

@@ -17,6 +17,8 @@
 //   - a role that is taken away ends nothing; the next token lacks it
 //   - a disabled account's refresh token is refused but not spent
 //
+// Config.KeepRefresh and Config.Grace make it as lenient as others are.
+//
 // Unlike Keycloak, an exchange can't add scopes that the login didn't ask for.
 package devidp
 
