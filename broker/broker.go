@@ -77,6 +77,16 @@ type Broker struct {
 	stop    context.CancelFunc // ends Watch
 }
 
+// known is a provider with what is known of it without asking, which no request
+// needs to be told again.
+type known struct {
+	Provider
+	info ProviderInfo
+}
+
+// Info returns what the provider said when the broker was made.
+func (k known) Info() ProviderInfo { return k.info }
+
 // New checks cfg and joins the parts. It asks none of them anything.
 func New(cfg Config) (*Broker, error) {
 	b := &Broker{
@@ -89,7 +99,8 @@ func New(cfg Config) (*Broker, error) {
 		stop:      func() {},
 	}
 	for _, p := range cfg.Providers {
-		b.providers[p.Info().Name] = p
+		info := p.Info()
+		b.providers[info.Name] = known{p, info}
 	}
 	if err := b.check(); err != nil {
 		return nil, err
@@ -161,7 +172,7 @@ func (b *Broker) Start(ctx context.Context) error {
 
 // Close stops watching and returns when the refreshes under way have ended, so
 // that no answer of a provider is lost. Sockets and Store stay open; whoever
-// made them closes them afterwards.
+// made them closes them afterwards. It is called once.
 func (b *Broker) Close() {
 	close(b.closing)
 	b.stop()

@@ -751,3 +751,26 @@ func TestAdoptionDoesNotReviveADisconnectedGrant(t *testing.T) {
 		r.token(p, broker.Want{})
 	}, adopting)
 }
+
+func TestLiveHandleIsWorthNothingToAnotherUser(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "mallory", "")
+		if err != nil || s.Active || s.Token != nil {
+			t.Errorf("CheckSession of alice's handle for mallory: %+v, %v", s, err)
+		}
+	})
+}
+
+func TestLoginFromBeforeADisconnectIsNotClaimed(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		handle := r.login("alice")
+		time.Sleep(time.Second)
+		if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+			t.Fatal(err)
+		}
+		_, err := r.Claim(context.Background(), "main", "keycloak", handle, "alice")
+		refused(t, err, broker.ErrRevoked)
+	})
+}

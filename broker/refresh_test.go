@@ -469,3 +469,48 @@ func (p hangs) Refresh(ctx context.Context, _ broker.Secret, _ string, _ []strin
 		return broker.Identity{}, broker.Issued{}, errors.New("too late")
 	}
 }
+
+func TestDisabledAccountIsAskedForTwiceAMinuteAtMost(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.Disabled}})
+		for range 3 {
+			r.refused(p, broker.Want{}, broker.ErrDenied)
+		}
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("the provider was asked %d times within a moment", n)
+		}
+	})
+}
+
+func TestLostAnswerIsRememberedThroughOtherTrouble(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(
+			brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost}, Spend: true},
+			brokertest.Answer{Err: &broker.ProviderError{Class: broker.TryLater}})
+		r.refused(p, broker.Want{}, broker.ErrProviderDown)
+		r.refused(p, broker.Want{}, broker.ErrProviderDown)
+		r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+		if g := r.grant("alice"); g.Reason != "lost_response" {
+			t.Errorf("the reason is %q, want lost_response", g.Reason)
+		}
+	})
+}
+
+func TestDisconnectSaysHowLongAnExchangedTokenMayWork(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		time.Sleep(2 * time.Minute)
+		tok := r.token(p, broker.Want{}) // ends two minutes after the login's
+		gone, _, err := r.Disconnect(context.Background(), "root", "main", "alice", "")
+		if err != nil || gone[0].OutstandingUntil.Before(tok.ExpiresAt) {
+			t.Errorf("outstanding until %+v, %v; a token lives until %s", gone, err, tok.ExpiresAt)
+		}
+	})
+}

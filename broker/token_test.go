@@ -408,3 +408,34 @@ func TestRefusalNamesNoToken(t *testing.T) {
 		}
 	})
 }
+
+func TestServerThatIsUnregisteredMeanwhileGetsNoToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() {
+			if _, err := r.Unregister(context.Background(), "main", "alice", "", 0); err != nil {
+				t.Errorf("Unregister: %v", err)
+			}
+		}})
+		r.refused(p, broker.Want{}, broker.ErrUnknownPeer)
+	})
+}
+
+func TestTokenOfOlderRightsIsNotServed(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.provider.SetRoles("alice", "researcher", "guest")
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		first := r.token(p, broker.Want{})
+		time.Sleep(10 * time.Second)
+		r.provider.SetRoles("alice", "researcher")
+		if _, err := r.RefreshHub(context.Background(), "main", "keycloak", handle); err != nil {
+			t.Fatal(err)
+		}
+		if tok := r.token(p, broker.Want{}); tok.Access.Equal(first.Access) {
+			t.Error("a token from before the roles changed was served")
+		}
+	})
+}
