@@ -61,7 +61,7 @@ type Broker struct {
 	tokens  tokens
 
 	// Who waits for whom.
-	looks       flights[userKey, *view]
+	looks       flights[lookKey, *view]
 	refreshes   flights[tokenKey, cachedToken]
 	exchanges   flights[tokenKey, cachedToken]
 	adoptions   flights[string, ticket]

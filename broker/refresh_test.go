@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -88,6 +89,31 @@ func TestRoleThatIsLostStopsTheNextToken(t *testing.T) {
 			t.Fatalf("CheckSession: %+v, %v", s, err)
 		}
 		r.token(p, broker.Want{}) // a role gained needs no new login
+	})
+}
+
+func TestRoleThatIsGainedCountsAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.provider.SetRoles("alice", "student")
+		expire()
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		expire()
+		var later atomic.Bool
+		r.store.After(func(method string, k broker.Key) error {
+			if method == "Get" && k.Kind == "grant" && !later.Swap(true) {
+				time.Sleep(time.Second) // with the old roles in hand
+			}
+			return nil
+		})
+		go r.Token(context.Background(), p, broker.Want{})
+		synctest.Wait()
+		r.provider.SetRoles("alice", "researcher")
+		if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || !s.Active {
+			t.Fatalf("CheckSession: %+v, %v", s, err)
+		}
+		r.token(p, broker.Want{})
 	})
 }
 
