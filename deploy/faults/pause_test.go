@@ -119,7 +119,7 @@ func (p *pause) ask(b *process, user string, n int) Reply {
 func (p *pause) arm() {
 	p.t.Helper()
 	if p.step == spentAt {
-		p.idp.when(nil, func() { p.brokers[0].cmd.Process.Signal(syscall.SIGSTOP) })
+		p.idp.when(nil, p.brokers[0].stop)
 		return
 	}
 	if _, err := p.brokers[0].call("Arm", Call{Step: p.step, Stop: true}); err != nil {
