@@ -17,6 +17,8 @@ import (
 //	         can't accept it, no refresh token is spent.
 //	send     only while the lease outlasts the provider's time limit.
 //	settle   one write that fits the answer: commit, or quarantine, or release.
+//	share    after a commit: the new access token, for all brokers; only then
+//	         is the lease given back.
 //
 // Version is the fence between refreshes and logins, Tombstone the one against
 // storing over a disconnected grant, and Epoch says that decisions have to be
