@@ -121,6 +121,9 @@ def unix_request(path, method, url, body=None):
         connection.close()
 
 
+CLIENT_GONE = 499  # status of a call whose client left while a fault delayed it
+
+
 class Faults:
     """The counting proxy in front of Keycloak."""
 
@@ -132,10 +135,11 @@ class Faults:
         assert status in (200, 204), answer
         return answer
 
-    def count(self, kind, user=None):
-        """How many calls of a kind have come in so far."""
-        calls = self._ask("GET", "/calls")["calls"] or []
-        return sum(c["kind"] == kind and (user is None or c.get("user") == user) for c in calls)
+    def count(self, kind, user=None, status=None):
+        """How many calls of a kind have come in so far, or were answered so."""
+        return sum(
+            c["kind"] == kind and user in (None, c.get("user")) and status in (None, c["status"])
+            for c in self._ask("GET", "/calls")["calls"] or [])
 
     def refresh_tokens(self):
         """{refresh token: whose}: all that ever passed."""

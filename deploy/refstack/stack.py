@@ -184,7 +184,7 @@ class Stack:
             self.link.unlink(missing_ok=True)
             self.link.symlink_to(tempfile.mkdtemp(prefix="tb-", dir="/var/tmp"))
         self.dir = self.link.resolve()
-        for name in ("run", "log", "secrets", "keys", "hubs/main", "servers", "redis", "env"):
+        for name in ("run", "log", "secrets", "keys", "hubs/main", "servers", "redis"):
             (self.dir / name).mkdir(parents=True, exist_ok=True, mode=0o700)
         self.dir.chmod(0o700)
 
@@ -301,6 +301,7 @@ store: {{redis: {{socket: {d}/redis.sock}}}}
 keys: {{keyset: {d}/keys/keyset.json, kek_file: {d}/keys/kek}}
 admin: {{socket: {d}/admin.sock}}
 audit: {{file: {d}/log/audit.jsonl}}
+journal: {d}/journal
 helper: {STATE}/bin/access-token
 providers:
   keycloak:
