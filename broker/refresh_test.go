@@ -107,13 +107,15 @@ func TestRoleThatIsGainedCountsAtOnce(t *testing.T) {
 			}
 			return nil
 		})
-		go r.Token(context.Background(), p, broker.Want{})
+		var slow sync.WaitGroup
+		slow.Go(func() { r.Token(context.Background(), p, broker.Want{}) })
 		synctest.Wait()
 		r.provider.SetRoles("alice", "researcher")
 		if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || !s.Active {
 			t.Fatalf("CheckSession: %+v, %v", s, err)
 		}
 		r.token(p, broker.Want{})
+		slow.Wait()
 	})
 }
 
