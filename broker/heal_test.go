@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -208,7 +209,8 @@ func TestBrokerThatCrashedDoesNotWaitForItsOwnLease(t *testing.T) {
 		expire()
 		dead := make(chan struct{})
 		r.provider.Next(brokertest.Answer{Before: func() { <-dead }, Err: errors.New("killed")})
-		go r.Token(context.Background(), p, broker.Want{})
+		var killed sync.WaitGroup
+		killed.Go(func() { r.Token(context.Background(), p, broker.Want{}) })
 		synctest.Wait()
 		began := time.Now()
 		waited := make(chan struct{})
@@ -231,6 +233,7 @@ func TestBrokerThatCrashedDoesNotWaitForItsOwnLease(t *testing.T) {
 			t.Errorf("it took %s", took)
 		}
 		close(dead)
+		killed.Wait()
 		crashed.Close()
 		if g := r.grant("alice"); g.State != broker.Live || r.provider.Calls("refresh") != 2 {
 			t.Errorf("the grant is %s (%s) after %d refreshes", g.State, g.Reason, r.provider.Calls("refresh"))
