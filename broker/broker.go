@@ -61,7 +61,7 @@ type Broker struct {
 	tokens  tokens
 
 	// Who waits for whom.
-	looks       flights[userKey, *view]
+	looks       flights[lookKey, *view]
 	refreshes   flights[tokenKey, cachedToken]
 	exchanges   flights[tokenKey, cachedToken]
 	adoptions   flights[string, ticket]
@@ -150,10 +150,10 @@ func (b *Broker) Start(ctx context.Context) error {
 	if b.journal, err = openJournal(b.cfg.Journal); err != nil {
 		return err
 	}
-	if err := b.reconcile(ctx); err != nil {
+	if err := b.reconcile(ctx, true); err != nil {
 		return err
 	}
-	b.pulse.fellBack = b.reconcile
+	b.pulse.fellBack = func(ctx context.Context) error { return b.reconcile(ctx, false) }
 	if err := b.restore(ctx); err != nil {
 		return err
 	}

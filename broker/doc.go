@@ -10,6 +10,7 @@
 //	token       token.go     attest, match, decide, cache, refresh, narrow, confirm, record
 //	refresh     refresh.go   begin, send, settle: the write that can't be lost
 //	            keepalive.go a long computation keeps its session
+//	            failpoint.go where deploy/faults kills it
 //	            heal.go      a store that fell back is put right from journal.go
 //	disconnect  revoke.go    epoch and tombstone up, then the revision
 //

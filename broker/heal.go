@@ -137,15 +137,20 @@ func (b *Broker) dismiss(k GrantKey, version int64) {
 }
 
 // reconcile puts the store right in all that this broker has written. It runs
-// at the start, and whenever the store's revision has fallen.
-func (b *Broker) reconcile(ctx context.Context) error {
+// whenever the store's revision has fallen, and at the start: then it also gives
+// back the leases that a crash has left, which other brokers wait for.
+func (b *Broker) reconcile(ctx context.Context, atStart bool) error {
 	moved := false
 	for _, e := range b.journal.entries() {
 		wrote := false
 		_, err := b.changeGrant(ctx, e.Key, func(g *Grant, exists bool) error {
 			wrote = exists
-			if !exists {
+			switch {
+			case !exists:
 				return errMoved // nothing to put right
+			case atStart && g.Lease.Journal == b.journal.id:
+				g.Lease = Lease{}
+				return nil
 			}
 			return errKeep
 		})

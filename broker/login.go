@@ -423,7 +423,7 @@ func (b *Broker) adopt(ctx context.Context, p Provider, t ticket) (ticket, error
 	if time.Since(began) > sendWithin {
 		return t, b.notAdopted(ctx, &t, &ProviderError{Class: TryLater, Err: errors.New("the token broker's store is too slow")})
 	}
-	id, iss, err := send(ctx, p, t.handle, "", nil)
+	id, iss, err := send(ctx, p, began, t.handle, "", nil)
 	if err == nil && id.Sub == "" {
 		err = &ProviderError{Class: Dead, Reason: "the provider does not say whose it is"}
 	}
@@ -452,11 +452,11 @@ func (b *Broker) beginAdoption(ctx context.Context, t *ticket) error {
 		switch {
 		case h.Sub != "" || h.Dead != "":
 			return errKeep
-		case h.Lease.Until.After(now):
+		case b.held(h.Lease, now):
 			return Errorf(ProviderDown, "%s is being asked about this session already", t.provider)
 		}
 		attempt := rand.Text()
-		h.Lease = Lease{Holder: attempt, Until: now.Add(leaseFor)}
+		h.Lease = b.lease(attempt, now)
 		h.Mark = Mark{Attempt: attempt, At: now, Lost: h.Mark.Attempt != ""}
 		return nil
 	})

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -88,6 +89,33 @@ func TestRoleThatIsLostStopsTheNextToken(t *testing.T) {
 			t.Fatalf("CheckSession: %+v, %v", s, err)
 		}
 		r.token(p, broker.Want{}) // a role gained needs no new login
+	})
+}
+
+func TestRoleThatIsGainedCountsAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.provider.SetRoles("alice", "student")
+		expire()
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		expire()
+		var later atomic.Bool
+		r.store.After(func(method string, k broker.Key) error {
+			if method == "Get" && k.Kind == "grant" && !later.Swap(true) {
+				time.Sleep(time.Second) // with the old roles in hand
+			}
+			return nil
+		})
+		var slow sync.WaitGroup
+		slow.Go(func() { r.Token(context.Background(), p, broker.Want{}) })
+		synctest.Wait()
+		r.provider.SetRoles("alice", "researcher")
+		if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || !s.Active {
+			t.Fatalf("CheckSession: %+v, %v", s, err)
+		}
+		r.token(p, broker.Want{})
+		slow.Wait()
 	})
 }
 
@@ -326,6 +354,35 @@ func TestDisconnectEndsTokensOnEveryBroker(t *testing.T) {
 		r.token(p, broker.Want{})
 		if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || s.Active {
 			t.Errorf("a handle from before the disconnect came back to life: %+v, %v", s, err)
+		}
+	})
+}
+
+func TestOtherBrokersWaitUntilTheNewTokenIsShared(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer other.Close()
+		expire()
+		r.store.Before(func(method string, k broker.Key) error {
+			if method == "Put" && k.Kind == "whole" {
+				time.Sleep(time.Second)
+			}
+			return nil
+		})
+		r.provider.Next(brokertest.Answer{Before: func() { time.Sleep(time.Second) }})
+		var both sync.WaitGroup
+		both.Go(func() { r.token(p, broker.Want{}) })
+		both.Go(func() {
+			time.Sleep(500 * time.Millisecond)
+			if s, err := other.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || s.Stale {
+				t.Errorf("CheckSession: %+v, %v", s, err)
+			}
+		})
+		both.Wait()
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("%d refreshes, want 1 for both brokers", n)
 		}
 	})
 }

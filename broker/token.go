@@ -52,6 +52,7 @@ func (b *Broker) Token(ctx context.Context, p *Peer, want Want) (Token, error) {
 	if ok, err := b.stands(ctx, a); err != nil || !ok {
 		return Token{}, b.record(ctx, e, Errorf(Unavailable, "your rights changed while the answer was recorded").Because(err))
 	}
+	failpoint("before answer")
 	now := b.pulse.now()
 	return Token{
 		Access: a.token.Access, Type: a.token.Type, Provider: a.decision.Provider,
