@@ -71,6 +71,7 @@ type Broker struct {
 	uidTurns    turns[uint32]    // one Register per uid
 	bindTurns   turns[ServerKey] // one bind per server
 	slots       chan struct{}    // bounds the binds that Docker's hints start
+	committing  marked[GrantKey] // answers between the journal and the store
 
 	closing chan struct{} // closed by Close
 	work    sync.WaitGroup

@@ -34,8 +34,11 @@ const boxAlarm = 1000
 // healed returns g as it must be after what this broker has written of it.
 func (b *Broker) healed(k GrantKey, g Grant, exists bool) (_ Grant, there, changed bool) {
 	e, ok := b.journal.get(k)
-	if !ok {
+	switch {
+	case !ok, b.committing.has(k): // the journal is ahead, and its answer on the way
 		return g, exists, false
+	case exists && g.Version >= e.Version && g.Epoch >= e.Epoch && !e.EndedAt.After(g.EndedAt):
+		return g, true, false
 	}
 	own, has := b.boxed(e)
 	if !exists {
@@ -43,9 +46,6 @@ func (b *Broker) healed(k GrantKey, g Grant, exists bool) (_ Grant, there, chang
 			return g, false, false
 		}
 		return own, true, true
-	}
-	if g.Version >= e.Version && g.Epoch >= e.Epoch && !e.EndedAt.After(g.EndedAt) {
-		return g, true, false
 	}
 	b.cfg.Log.Error("the store fell back to an older grant", "grant", k,
 		"version", g.Version, "known_version", e.Version, "epoch", g.Epoch, "known_epoch", e.Epoch)

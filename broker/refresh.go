@@ -222,6 +222,7 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 	moved := next.renewed(id, iss, now, b.cfg.Host)
 	next.OutstandingUntil = latest(next.OutstandingUntil, t.outstandingUntil())
 	failpoint("before journal")
+	defer b.committing.add(began.Key)()
 	free := next // a copy from the journal is nobody's
 	free.Lease = Lease{}
 	b.note(free)
