@@ -148,6 +148,17 @@ func openStore(cfg *Config) (*redisstore.Store, error) {
 		AllowNoPersistence: r.AllowNoPersistence,
 	}
 	var err error
+	if r.Cluster != nil {
+		c.Cluster = r.Cluster.Addresses
+	}
+	if r.Sentinel != nil {
+		c.Sentinel = redisstore.Sentinel{Master: r.Sentinel.Master, Addrs: r.Sentinel.Addresses, User: r.Sentinel.User}
+		if r.Sentinel.PasswordFile != "" {
+			if c.Sentinel.Password, err = readSecret(r.Sentinel.PasswordFile); err != nil {
+				return nil, fmt.Errorf("store.redis.sentinel.password_file: %w", err)
+			}
+		}
+	}
 	if r.PasswordFile != "" {
 		if c.Password, err = readSecret(r.PasswordFile); err != nil {
 			return nil, fmt.Errorf("store.redis.password_file: %w", err)
