@@ -144,6 +144,9 @@ func tryPrimary(ctx context.Context, p primary) error {
 	if err := p.client.Time(ctx).Err(); err != nil {
 		return err
 	}
+	if err := p.client.Scan(ctx, 0, p.key, 1).Err(); err != nil {
+		return err
+	}
 	if err := p.client.Set(ctx, p.key, "1", time.Minute).Err(); err != nil {
 		return err
 	}

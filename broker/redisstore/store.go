@@ -16,7 +16,7 @@
 // missing:
 //
 //	~tokenbroker:* +ping +select +info +eval +evalsha +time
-//	+get +set +hget +hmget +hset +del +persist +pexpire +sadd +srem +smembers +wait
+//	+get +set +hget +hmget +hset +del +persist +pexpire +sadd +srem +smembers +wait +scan
 //
 // and +cluster|slots in a cluster. Of the Sentinels it needs
 // +sentinel|get-master-addr-by-name +sentinel|sentinels +subscribe and the
@@ -109,6 +109,7 @@ var (
 	putScript = newScript(`
 if (redis.call('HGET', KEYS[1], 'r') or '0') ~= ARGV[1] then return 'stale' end
 redis.call('HSET', KEYS[1], 'r', ARGV[2], 'b', ARGV[3])
+if ARGV[4] == 'keep' then return 'done' end
 if ARGV[4] == '0' then redis.call('PERSIST', KEYS[1]) else redis.call('PEXPIRE', KEYS[1], ARGV[4]) end
 return 'done'`)
 
@@ -153,7 +154,7 @@ func (s *Store) Get(ctx context.Context, k broker.Key) (broker.Record, error) {
 
 // Put implements broker.Store.
 func (s *Store) Put(ctx context.Context, k broker.Key, was int64, box []byte, life time.Duration) error {
-	answer, err := s.run(ctx, putScript, s.record(k), was, was+1, box, millis(life)).Text()
+	answer, err := s.run(ctx, putScript, s.record(k), was, was+1, box, ending(life)).Text()
 	return s.changed("put", k, answer, err)
 }
 
@@ -224,10 +225,13 @@ func (s *Store) run(ctx context.Context, sc script, key string, args ...any) *re
 	return s.do(ctx, slices.Concat([]any{"EVAL", sc.text, 1, key}, args)...)
 }
 
-// millis is a life for PEXPIRE, 0 for none; a shorter one than Redis can count
-// is rounded up.
-func millis(life time.Duration) int64 {
-	if life <= 0 {
+// ending is a life for putScript: milliseconds, 0 for none. A shorter one than
+// Redis can count is rounded up.
+func ending(life time.Duration) any {
+	switch {
+	case life == broker.KeepLife:
+		return "keep"
+	case life <= 0:
 		return 0
 	}
 	return max(1, life.Milliseconds())
