@@ -153,6 +153,7 @@ func (b *Broker) Start(ctx context.Context) error {
 		}
 	})
 	b.work.Go(b.settle)
+	b.work.Go(b.attend)
 	b.hint("")
 	return nil
 }

@@ -315,7 +315,11 @@ func (b *Broker) deleteRegistration(ctx context.Context, r Registration) error {
 	case stored.Generation != r.Generation:
 		return nil
 	default:
-		if err := b.cfg.Store.Delete(ctx, rk, was); err != nil && !errors.Is(err, ErrStale) {
+		err := b.cfg.Store.Delete(ctx, rk, was)
+		if errors.Is(err, ErrStale) { // registered again, or only sealed anew
+			return b.deleteRegistration(ctx, r)
+		}
+		if err != nil {
 			return storeError(err, rk)
 		}
 	}
