@@ -16,8 +16,11 @@ import (
 // so each step waits until all of them have taken the one before; see seal.Add.
 // That they have, they say themselves, in records that KeyKeeper reads.
 const (
-	// attendEvery is how often a broker says which keys it has.
+	// attendEvery is how often a broker says which keys it has, unless they change.
 	attendEvery = 15 * time.Second
+	// writesTake is more than a write that was sealed before a change of keys can
+	// be under way.
+	writesTake = 10 * time.Second
 	// attendFor is for how long that holds.
 	attendFor = time.Minute
 )
@@ -39,26 +42,42 @@ var brokersKey = Key{Kind: setBrokers}
 
 func attendanceKey(h HostID) Key { return Key{Kind: kindBroker, Parts: []string{string(h)}} }
 
-// attend says until the broker closes which keys it has.
+// attend says until the broker closes which keys it has, and at once when they
+// change.
 func (b *Broker) attend() {
-	var before []seal.KeyID
+	before := primaries(b.cfg.Keys.Keys())
 	for {
-		now := primaries(b.cfg.Keys.Keys())
+		keys := b.cfg.Keys.Keys()
+		now := primaries(keys)
 		ctx, cancel := context.WithTimeout(context.Background(), attendEvery)
-		if err := b.attendOnce(ctx, append(before, now...)); err != nil {
+		if err := b.attendOnce(ctx, keys, union(before, now)); err != nil {
 			b.cfg.Log.Warn("the other brokers can't be told which keys this one has", "err", err)
 		}
 		cancel()
-		before = now
-		select {
-		case <-b.closing:
-			return
-		case <-time.After(attendEvery):
+		wait, enough := attendEvery, func() bool { return !slices.Equal(keys, b.cfg.Keys.Keys()) }
+		if !slices.Equal(before, now) {
+			wait, enough = writesTake, func() bool { return false }
 		}
+		if !b.patient(wait, enough) {
+			return
+		}
+		before = now
 	}
 }
 
-func (b *Broker) attendOnce(ctx context.Context, sealing []seal.KeyID) error {
+// patient waits, at most until enough, and reports whether the broker is open.
+func (b *Broker) patient(d time.Duration, enough func() bool) bool {
+	for began := time.Now(); time.Since(began) < d && !enough(); {
+		select {
+		case <-b.closing:
+			return false
+		case <-time.After(time.Second):
+		}
+	}
+	return true
+}
+
+func (b *Broker) attendOnce(ctx context.Context, keys []seal.Key, sealing []seal.KeyID) error {
 	if err := b.pulse.sync(ctx); err != nil {
 		return err
 	}
@@ -66,7 +85,7 @@ func (b *Broker) attendOnce(ctx context.Context, sealing []seal.KeyID) error {
 	if err := b.cfg.Store.Add(ctx, brokersKey, string(b.cfg.Host)); err != nil {
 		return storeError(err, brokersKey)
 	}
-	now := attendance{At: b.pulse.now(), Keys: b.cfg.Keys.Keys(), Sealing: sealing}
+	now := attendance{At: b.pulse.now(), Keys: keys, Sealing: sealing}
 	for _, e := range b.journal.entries() {
 		if id, ok := seal.KeyOf(e.Box); ok && !slices.Contains(now.Journal, id) {
 			now.Journal = append(now.Journal, id)
@@ -87,6 +106,12 @@ func primaries(keys []seal.Key) (ids []seal.KeyID) {
 		}
 	}
 	return ids
+}
+
+func union(a, b []seal.KeyID) []seal.KeyID {
+	all := slices.Concat(a, b)
+	slices.Sort(all)
+	return slices.Compact(all)
 }
 
 // A KeyKeeper does the work of a rotation that concerns a whole deployment. It
@@ -166,7 +191,8 @@ func (k KeyKeeper) Forget(ctx context.Context, h HostID) error {
 
 // A Census says what lies in the store.
 type Census struct {
-	Records map[seal.KeyID]int // how many there are under each key
+	Records map[seal.KeyID]int // how many open, by the key they are under
+	Others  map[seal.KeyID]int // how many don't, by the key that they name
 	// Strange are records that don't open, with the reason, sorted: of an older
 	// backup, under a lost key, or damaged.
 	Strange []string
@@ -174,18 +200,21 @@ type Census struct {
 
 // Count opens every record.
 func (k KeyKeeper) Count(ctx context.Context) (Census, error) {
-	c := Census{Records: make(map[seal.KeyID]int)}
+	c := Census{Records: make(map[seal.KeyID]int), Others: make(map[seal.KeyID]int)}
 	err := k.each(ctx, func(key Key, r Record) error {
-		if id, ok := seal.KeyOf(r.Box); ok {
+		id, sealed := seal.KeyOf(r.Box)
+		_, err := k.Keys.Open(r.Box, k.vault().place(key, r.Revision))
+		switch {
+		case err == nil:
 			c.Records[id]++
+			return nil
+		case sealed:
+			c.Others[id]++
 		}
-		if _, err := k.Keys.Open(r.Box, k.vault().place(key, r.Revision)); err != nil {
-			c.Strange = append(c.Strange, strange(key, err))
-		}
+		c.Strange = append(c.Strange, strange(key, err))
 		return nil
 	})
 	slices.Sort(c.Strange)
-	c.Strange = slices.Compact(c.Strange)
 	return c, err
 }
 
