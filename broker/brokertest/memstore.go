@@ -39,8 +39,8 @@ type memRecord struct {
 }
 
 // A Hook is called with the name of a method ("Get", "Put", "Delete", "Add",
-// "Remove", "Members", "Move", "Pulse", "Check") and its key, if it has one. It
-// may wait, and may call the store. If it returns an error, so does the method.
+// "Remove", "Members", "Records", "Move", "Pulse", "Settle", "Check") and its
+// key, if it has one. It may wait, and may call the store. If it returns an error, so does the method.
 type Hook func(method string, k broker.Key) error
 
 // NewMemStore returns an empty store.

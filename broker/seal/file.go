@@ -167,8 +167,24 @@ func (k *Keyset) Reload() (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	was := k.state.Swap(next)
-	return was == nil || !slices.Equal(was.keys, next.keys), nil
+	was := k.now()
+	if id, lost := lostKey(was.keys, next.keys); lost {
+		return false, fmt.Errorf("the keyset in %s lacks key %s, which is in use: it is an older copy; put the newest one back", k.keysetFile, id)
+	}
+	k.state.Store(next)
+	return !slices.Equal(was.keys, next.keys), nil
+}
+
+// lostKey finds a key that opens and that the next keyset knows nothing of, not
+// even that it was retired.
+func lostKey(was, next []Key) (KeyID, bool) {
+	for _, k := range was {
+		known := slices.ContainsFunc(next, func(n Key) bool { return n.ID == k.ID })
+		if !known && k.State != Disabled && k.State != Gone {
+			return k.ID, true
+		}
+	}
+	return 0, false
 }
 
 // openFile reads the keyset file.

@@ -129,6 +129,23 @@ func TestReloadKeepsWhatItHasWhenTheFilesAreNotRight(t *testing.T) {
 	}
 }
 
+// A backup of the keyset that is put in place of it would take keys away from a
+// broker that runs.
+func TestReloadTakesNoOlderCopy(t *testing.T) {
+	keyset, kek := create(t)
+	before := read(t, keyset)
+	second, err := seal.Add(keyset, kek)
+	must(t, err)
+	must(t, seal.Promote(keyset, kek, second))
+	k := load(t, keyset, kek)
+	box := sealed(t, k, "x", place)
+	replace(t, keyset, before)
+	if _, err := k.Reload(); err == nil || !strings.Contains(err.Error(), "lacks key "+second.String()+", which is in use: it is an older copy") {
+		t.Errorf("Reload of an older copy: %v", err)
+	}
+	opens(t, k, box, "")
+}
+
 func TestAChangeKeepsTheFilesOwnerAndModeAndLeavesNothingBeside(t *testing.T) {
 	keyset, kek := create(t)
 	if os.Geteuid() == 0 {

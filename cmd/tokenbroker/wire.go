@@ -11,6 +11,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"sync"
 
 	"tokenbroker/broker"
 	"tokenbroker/broker/oauthprovider"
@@ -227,6 +228,11 @@ func serve(ctx context.Context, cfg *Config, stdout io.Writer, log *slog.Logger,
 		return err
 	}
 	defer func() { err = errors.Join(err, p.close()) }()
+	watching, stop := context.WithCancel(ctx)
+	var watch sync.WaitGroup
+	watch.Go(func() { watchKeys(watching, p.keys, log) })
+	defer watch.Wait()
+	defer stop()
 	if err := p.store.Check(ctx); err != nil {
 		return err
 	}
