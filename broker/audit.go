@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
@@ -45,7 +46,8 @@ type Entry struct {
 type audit struct {
 	mu  sync.Mutex // guards what follows
 	w   io.Writer
-	run string // tells this run's refs from another's
+	buf bytes.Buffer // holds one line at a time
+	run string       // tells this run's refs from another's
 	n   int64
 }
 
@@ -60,11 +62,11 @@ func (a *audit) write(e *Entry) error {
 	defer a.mu.Unlock()
 	a.n++
 	e.Ref = fmt.Sprintf("%s-%d", a.run, a.n)
-	line, err := json.Marshal(e)
-	if err != nil {
+	a.buf.Reset()
+	if err := json.NewEncoder(&a.buf).Encode(e); err != nil {
 		return fmt.Errorf("write audit: %w", err)
 	}
-	if _, err := a.w.Write(append(line, '\n')); err != nil {
+	if _, err := a.w.Write(a.buf.Bytes()); err != nil {
 		return fmt.Errorf("write audit: %w", err)
 	}
 	return nil

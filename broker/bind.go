@@ -186,13 +186,15 @@ func (b *Broker) hint(name string) {
 		if name != "" && s.ContainerName != name {
 			continue
 		}
-		select {
-		case <-b.closing:
+		if b.closes() {
 			return
-		default:
 		}
 		b.work.Go(func() {
-			b.slots <- struct{}{}
+			select {
+			case b.slots <- struct{}{}:
+			case <-b.closing:
+				return
+			}
 			defer func() { <-b.slots }()
 			_, err := b.bind(context.Background(), s.Key)
 			if err != nil && !errors.Is(err, ErrPending) {

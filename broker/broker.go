@@ -61,20 +61,32 @@ type Broker struct {
 	tokens  tokens
 
 	// Who waits for whom.
-	looks       flights[userKey, *view]
+	looks       flights[lookKey, *view]
 	refreshes   flights[tokenKey, cachedToken]
 	exchanges   flights[tokenKey, cachedToken]
 	adoptions   flights[string, ticket]
 	binds       flights[ServerKey, *server]
 	turns       turns[GrantKey]  // one refresh per grant at a time
 	serverTurns turns[ServerKey] // one Register or Unregister per server
+	uidTurns    turns[uint32]    // one Register per uid
 	bindTurns   turns[ServerKey] // one bind per server
 	slots       chan struct{}    // bounds the binds that Docker's hints start
+	committing  marked[GrantKey] // answers between the journal and the store
 
 	closing chan struct{} // closed by Close
 	work    sync.WaitGroup
 	stop    context.CancelFunc // ends Watch
 }
+
+// known is a provider with what is known of it without asking, which no request
+// needs to be told again.
+type known struct {
+	Provider
+	info ProviderInfo
+}
+
+// Info returns what the provider said when the broker was made.
+func (k known) Info() ProviderInfo { return k.info }
 
 // New checks cfg and joins the parts. It asks none of them anything.
 func New(cfg Config) (*Broker, error) {
@@ -88,7 +100,8 @@ func New(cfg Config) (*Broker, error) {
 		stop:      func() {},
 	}
 	for _, p := range cfg.Providers {
-		b.providers[p.Info().Name] = p
+		info := p.Info()
+		b.providers[info.Name] = known{p, info}
 	}
 	if err := b.check(); err != nil {
 		return nil, err
@@ -138,13 +151,15 @@ func (b *Broker) Start(ctx context.Context) error {
 	if b.journal, err = openJournal(b.cfg.Journal); err != nil {
 		return err
 	}
-	if err := b.reconcile(ctx); err != nil {
+	if err := b.reconcile(ctx, true); err != nil {
 		return err
 	}
-	b.pulse.fellBack = b.reconcile
+	b.pulse.fellBack = func(ctx context.Context) error { return b.reconcile(ctx, false) }
 	if err := b.restore(ctx); err != nil {
 		return err
 	}
+	keys := b.cfg.Keys.Keys()
+	b.say(ctx, keys, primaries(keys)) // before anything is sealed for somebody
 	watch, stop := context.WithCancel(context.WithoutCancel(ctx))
 	b.stop = stop
 	b.work.Go(func() {
@@ -153,14 +168,15 @@ func (b *Broker) Start(ctx context.Context) error {
 		}
 	})
 	b.work.Go(b.settle)
-	b.work.Go(b.attend)
+	b.work.Go(b.keepAlive)
+	b.work.Go(func() { b.attend(keys) })
 	b.hint("")
 	return nil
 }
 
 // Close stops watching and returns when the refreshes under way have ended, so
 // that no answer of a provider is lost. Sockets and Store stay open; whoever
-// made them closes them afterwards.
+// made them closes them afterwards. It is called once.
 func (b *Broker) Close() {
 	close(b.closing)
 	b.stop()
@@ -173,6 +189,16 @@ func (b *Broker) Close() {
 	b.pulse.reads.wait()
 	if b.journal != nil {
 		b.journal.close()
+	}
+}
+
+// closes reports whether Close was called: nothing new is begun then.
+func (b *Broker) closes() bool {
+	select {
+	case <-b.closing:
+		return true
+	default:
+		return false
 	}
 }
 

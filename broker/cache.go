@@ -45,6 +45,9 @@ const (
 	assumedLife = 5 * time.Minute
 	// assumedOutstanding is for how long such a token may work after it left.
 	assumedOutstanding = 24 * time.Hour
+	// secondCut is by how much a token may end before what expires_in says: a
+	// provider cuts the exp claim down to whole seconds (RFC 7519, section 2).
+	secondCut = time.Second
 	// freshFor is for how long a new token is not given up because a service
 	// refused it, so that a confused client can't burn refreshes.
 	freshFor = 30 * time.Second
@@ -61,7 +64,7 @@ func newCachedToken(iss Issued, epoch int64, now time.Time) cachedToken {
 		Scopes: iss.Scopes, ScopesKnown: iss.ScopesKnown,
 		Audience: iss.Audience, AudienceKnown: iss.AudienceKnown,
 		Print: iss.AccessToken.Fingerprint(), Life: iss.ExpiresIn,
-		IssuedAt: now, ExpiresAt: now.Add(life), Epoch: epoch,
+		IssuedAt: now, ExpiresAt: now.Add(life - secondCut), Epoch: epoch,
 	}
 }
 
@@ -70,7 +73,7 @@ func (t *cachedToken) outstandingUntil() time.Time {
 	if t.Life == 0 {
 		return t.IssuedAt.Add(assumedOutstanding)
 	}
-	return t.ExpiresAt
+	return t.IssuedAt.Add(t.Life)
 }
 
 // lasts says whether the token is good for minTTL from now. A token that has

@@ -9,6 +9,8 @@
 //	            bind.go      Docker and the kernel confirm the container
 //	token       token.go     attest, match, decide, cache, refresh, narrow, confirm, record
 //	refresh     refresh.go   begin, send, settle: the write that can't be lost
+//	            keepalive.go a long computation keeps its session
+//	            failpoint.go where deploy/faults kills it
 //	            heal.go      a store that fell back is put right from journal.go
 //	disconnect  revoke.go    epoch and tombstone up, then the revision
 //

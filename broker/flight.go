@@ -104,3 +104,31 @@ func (t *turns[K]) take(ctx context.Context, k K) (leave func(), err error) {
 		return nil, ctx.Err()
 	}
 }
+
+// marked is a set of keys that something is being done to. The zero value is
+// ready.
+type marked[K comparable] struct {
+	mu  sync.Mutex // guards the map
+	all map[K]bool
+}
+
+// add marks k until the function it returns is called. Nobody marks it twice.
+func (m *marked[K]) add(k K) (remove func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.all == nil {
+		m.all = make(map[K]bool)
+	}
+	m.all[k] = true
+	return func() {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		delete(m.all, k)
+	}
+}
+
+func (m *marked[K]) has(k K) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.all[k]
+}

@@ -65,8 +65,9 @@ type Grant struct {
 
 // A Lease is a bounded right to refresh one grant.
 type Lease struct {
-	Holder string
-	Until  time.Time
+	Holder  string
+	Journal string // of the broker that has it
+	Until   time.Time
 }
 
 // A Mark says that a refresh token was about to be sent.

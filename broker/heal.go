@@ -34,8 +34,11 @@ const boxAlarm = 1000
 // healed returns g as it must be after what this broker has written of it.
 func (b *Broker) healed(k GrantKey, g Grant, exists bool) (_ Grant, there, changed bool) {
 	e, ok := b.journal.get(k)
-	if !ok {
+	switch {
+	case !ok, b.committing.has(k): // the journal is ahead, and its answer on the way
 		return g, exists, false
+	case exists && g.Version >= e.Version && g.Epoch >= e.Epoch && !e.EndedAt.After(g.EndedAt):
+		return g, true, false
 	}
 	own, has := b.boxed(e)
 	if !exists {
@@ -43,9 +46,6 @@ func (b *Broker) healed(k GrantKey, g Grant, exists bool) (_ Grant, there, chang
 			return g, false, false
 		}
 		return own, true, true
-	}
-	if g.Version >= e.Version && g.Epoch >= e.Epoch && !e.EndedAt.After(g.EndedAt) {
-		return g, true, false
 	}
 	b.cfg.Log.Error("the store fell back to an older grant", "grant", k,
 		"version", g.Version, "known_version", e.Version, "epoch", g.Epoch, "known_epoch", e.Epoch)
@@ -137,15 +137,20 @@ func (b *Broker) dismiss(k GrantKey, version int64) {
 }
 
 // reconcile puts the store right in all that this broker has written. It runs
-// at the start, and whenever the store's revision has fallen.
-func (b *Broker) reconcile(ctx context.Context) error {
+// whenever the store's revision has fallen, and at the start: then it also gives
+// back the leases that a crash has left, which other brokers wait for.
+func (b *Broker) reconcile(ctx context.Context, atStart bool) error {
 	moved := false
 	for _, e := range b.journal.entries() {
 		wrote := false
 		_, err := b.changeGrant(ctx, e.Key, func(g *Grant, exists bool) error {
 			wrote = exists
-			if !exists {
+			switch {
+			case !exists:
 				return errMoved // nothing to put right
+			case atStart && g.Lease.Journal == b.journal.id:
+				g.Lease = Lease{}
+				return nil
 			}
 			return errKeep
 		})

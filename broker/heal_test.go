@@ -3,8 +3,11 @@ package broker_test
 import (
 	"context"
 	"errors"
+	"os"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"tokenbroker/broker"
@@ -193,5 +196,68 @@ func TestSecondBrokerOnOneJournalRefusesToStart(t *testing.T) {
 			t.Errorf("Start: %v", err)
 		}
 		b.Close()
+	})
+}
+
+func TestBrokerThatCrashedDoesNotWaitForItsOwnLease(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer other.Close()
+		q := other.running("alice", 200)
+		expire()
+		dead := make(chan struct{})
+		r.provider.Next(brokertest.Answer{Before: func() { <-dead }, Err: errors.New("killed")})
+		var killed sync.WaitGroup
+		killed.Go(func() { r.Token(context.Background(), p, broker.Want{}) })
+		synctest.Wait()
+		began := time.Now()
+		waited := make(chan struct{})
+		go func() { other.token(q, broker.Want{}); close(waited) }()
+		synctest.Wait()
+
+		crashed := *r
+		journal, err := os.ReadFile(r.cfg.Journal) // which the dead process no longer has locked
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.cfg.Journal += "2"
+		if err := os.WriteFile(r.cfg.Journal, journal, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		r.start()
+		<-waited
+		r.token(p, broker.Want{})
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("it took %s", took)
+		}
+		close(dead)
+		killed.Wait()
+		crashed.Close()
+		if g := r.grant("alice"); g.State != broker.Live || r.provider.Calls("refresh") != 2 {
+			t.Errorf("the grant is %s (%s) after %d refreshes", g.State, g.Reason, r.provider.Calls("refresh"))
+		}
+	})
+}
+
+func TestReadingDuringACommitIsNoFallBack(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() {
+			r.store.Before(func(method string, k broker.Key) error {
+				if method == "Put" && k.Kind == "grant" {
+					r.store.Before(nil)
+					r.grant("alice") // somebody looks while the journal is ahead
+				}
+				return nil
+			})
+		}})
+		r.token(p, broker.Want{})
+		if strings.Contains(r.log.String(), "fell back") {
+			t.Error("the log says that the store fell back")
+		}
 	})
 }

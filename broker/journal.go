@@ -3,6 +3,7 @@ package broker
 import (
 	"bufio"
 	"bytes"
+	"crypto/rand"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -50,6 +51,7 @@ type journalEntry struct {
 
 type journal struct {
 	path string
+	id   string     // of the file; it is its first entry, which is of no grant
 	mu   sync.Mutex // guards all below, and the file
 	file *os.File
 	end  int64 // of the last line
@@ -73,7 +75,24 @@ func openJournal(path string) (*journal, error) {
 		f.Close()
 		return nil, fmt.Errorf("read journal %s: %w", path, err)
 	}
+	if err := j.name(); err != nil {
+		f.Close()
+		return nil, err
+	}
 	return j, nil
+}
+
+// name reads the journal's id, or gives it one.
+func (j *journal) name() error {
+	e, ok := j.get(GrantKey{})
+	if !ok {
+		e.Box = []byte(rand.Text())
+		if err := j.write(e); err != nil {
+			return err
+		}
+	}
+	j.id = string(e.Box)
+	return nil
 }
 
 // read takes in the lines up to the first that is not whole.
@@ -133,13 +152,15 @@ func (j *journal) get(k GrantKey) (journalEntry, bool) {
 	return e, ok
 }
 
-// entries returns all that the journal knows.
+// entries returns all that the journal knows of grants.
 func (j *journal) entries() []journalEntry {
 	j.mu.Lock()
 	defer j.mu.Unlock()
 	all := make([]journalEntry, 0, len(j.all))
-	for _, e := range j.all {
-		all = append(all, e)
+	for k, e := range j.all {
+		if k != (GrantKey{}) {
+			all = append(all, e)
+		}
 	}
 	return all
 }
@@ -180,6 +201,7 @@ func (j *journal) write(e journalEntry) error {
 	if _, err := j.file.WriteAt(line, j.end); err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}
+	failpoint("journal written")
 	if err := j.file.Sync(); err != nil {
 		return fmt.Errorf("sync journal: %w", err)
 	}

@@ -2,7 +2,6 @@ package broker
 
 import (
 	"bytes"
-	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -157,7 +156,7 @@ func FuzzParseJournalLine(f *testing.F) {
 				return
 			}
 			if _, ok := parseJournalLine(again); !ok {
-				t.Fatal(fmt.Sprintf("a line that was read can't be read when written again: %q", again))
+				t.Fatalf("a line that was read can't be read when written again: %q", again)
 			}
 		}
 	})

@@ -43,25 +43,29 @@ var brokersKey = Key{Kind: setBrokers}
 func attendanceKey(h HostID) Key { return Key{Kind: kindBroker, Parts: []string{string(h)}} }
 
 // attend says until the broker closes which keys it has, and at once when they
-// change.
-func (b *Broker) attend() {
-	before := primaries(b.cfg.Keys.Keys())
-	for {
-		keys := b.cfg.Keys.Keys()
+// are others than keys, which were said already.
+func (b *Broker) attend(keys []seal.Key) {
+	before := primaries(keys)
+	changed := func() bool { return !slices.Equal(keys, b.cfg.Keys.Keys()) }
+	wait, enough := attendEvery, changed
+	for b.patient(wait, enough) {
+		keys = b.cfg.Keys.Keys()
 		now := primaries(keys)
-		ctx, cancel := context.WithTimeout(context.Background(), attendEvery)
-		if err := b.attendOnce(ctx, keys, union(before, now)); err != nil {
-			b.cfg.Log.Warn("the other brokers can't be told which keys this one has", "err", err)
-		}
-		cancel()
-		wait, enough := attendEvery, func() bool { return !slices.Equal(keys, b.cfg.Keys.Keys()) }
+		b.say(context.Background(), keys, union(before, now))
+		wait, enough = attendEvery, changed
 		if !slices.Equal(before, now) {
 			wait, enough = writesTake, func() bool { return false }
 		}
-		if !b.patient(wait, enough) {
-			return
-		}
 		before = now
+	}
+}
+
+// say is attendOnce, whose failure is no more than a line in the log.
+func (b *Broker) say(ctx context.Context, keys []seal.Key, sealing []seal.KeyID) {
+	ctx, cancel := context.WithTimeout(ctx, attendEvery)
+	defer cancel()
+	if err := b.attendOnce(ctx, keys, sealing); err != nil {
+		b.cfg.Log.Warn("the other brokers can't be told which keys this one has", "err", err)
 	}
 }
 

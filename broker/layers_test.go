@@ -33,6 +33,7 @@ var layers = map[string]int{
 	"cmd/access-token":  3,
 	"deploy/e2e/ask":    3,
 	"deploy/faultproxy": 3,
+	"deploy/faults":     3,
 }
 
 // forTests may import anything up to the adapters, and is imported by tests only.

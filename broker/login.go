@@ -58,7 +58,8 @@ type handleRecord struct {
 	Made    time.Time
 	Given   string    // fingerprint of the token last given for it, and
 	GivenAt time.Time // when
-	Mark    Mark      // a refresh token from before the broker is being spent
+	Lease   Lease     // a refresh token from before the broker is being spent,
+	Mark    Mark      // or was, and the answer got lost
 	Dead    string    // the provider called it dead: why
 }
 
@@ -66,6 +67,7 @@ type handleRecord struct {
 // refuses must not touch what lives.
 type pendingLogin struct {
 	At, Until time.Time
+	Adopted   bool // not a login, but a refresh token from before the broker
 	Refresh   string
 	Expires   time.Time // of the refresh token; zero: no end known
 	Username  string
@@ -98,8 +100,10 @@ func (t *ticket) fits(g *Grant) error {
 
 func (t *ticket) isHandle() bool { return strings.HasPrefix(t.handle.Reveal(), handlePrefix) }
 
-func handleLifeOf(h *handleRecord) time.Duration {
-	if h.Pending != nil {
+// life is for how long the record h of t is kept. That of a refresh token from
+// before the broker stays, claimed or not: it was spent, and must not be again.
+func (t *ticket) life(h *handleRecord) time.Duration {
+	if h.Pending != nil && t.isHandle() {
 		return pendingLife
 	}
 	return handleLife
@@ -137,12 +141,11 @@ func (b *Broker) login(ctx context.Context, hub HubID, provider ProviderID, c Co
 	e.Sub = id.Sub
 	t := ticket{hub: hub, provider: provider, handle: NewSecret(handlePrefix + rand.Text())}
 	t.Sub, t.Pending = id.Sub, b.newPending(provider, id, iss)
-	token := t.Pending.Token.open()
-	t.Given, t.GivenAt = token.Print, b.pulse.now()
+	t.Given, t.GivenAt = iss.AccessToken.Fingerprint(), t.Pending.At
 	if err := b.saveTicket(ctx, &t); err != nil {
 		return HubToken{}, err
 	}
-	return b.hubToken(&t, token), nil
+	return b.hubToken(&t, t.Pending.Token.open()), nil
 }
 
 func loginError(p ProviderID, err error) error {
@@ -196,22 +199,22 @@ func (b *Broker) saveTicket(ctx context.Context, t *ticket) error {
 			return storeError(err, pendingKey(t.hub))
 		}
 	}
-	return b.changeTicket(ctx, t, func(h *handleRecord) {
+	return b.changeTicket(ctx, t, func(h *handleRecord) error {
 		made := h.Made
 		*h = t.handleRecord
 		h.Made = made
+		return nil
 	})
 }
 
 // changeTicket lets change alter the record and brings t up to date.
-func (b *Broker) changeTicket(ctx context.Context, t *ticket, change func(*handleRecord)) error {
+func (b *Broker) changeTicket(ctx context.Context, t *ticket, change func(*handleRecord) error) error {
 	var err error
-	t.handleRecord, err = update(ctx, &b.vault, t.record(), handleLifeOf, func(h *handleRecord, _ bool) error {
+	t.handleRecord, err = update(ctx, &b.vault, t.record(), t.life, func(h *handleRecord, _ bool) error {
 		if h.Made.IsZero() {
 			h.Made = b.pulse.now()
 		}
-		change(h)
-		return nil
+		return change(h)
 	})
 	return err
 }
@@ -284,7 +287,7 @@ func (b *Broker) claim(ctx context.Context, hub HubID, provider ProviderID, hand
 		return t, Errorf(Denied, "this %s account is linked to another user of the hub", provider)
 	case t.Pending == nil:
 		return t, t.fits(&g)
-	case !t.Pending.Until.After(b.pulse.now()):
+	case !t.Pending.Until.After(b.pulse.now()) && t.Pending.At.After(g.LoginAt):
 		return t, Errorf(LoginRequired, "this login was not claimed within %s", pendingLife)
 	}
 	err = b.link(ctx, &t, user)
@@ -327,8 +330,8 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 		switch {
 		case g.User != "" && g.User != user:
 			return Errorf(Denied, "this %s account is linked to another user of the hub", t.provider)
-		case g.Tombstone.After(login.At):
-			return g.usable(g.Issuer) // disconnected after this login was made
+		case g.Tombstone.After(login.At), !g.Tombstone.IsZero() && login.Adopted:
+			return g.usable(g.Issuer) // disconnected, and this is no new login
 		case !login.At.After(g.LoginAt):
 			return errKeep // this login, or a later one, is in the grant already
 		}
@@ -342,12 +345,12 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 	if err := b.move(ctx, k); err != nil {
 		return err
 	}
-	if g.LoginAt.Equal(login.At) && g.RefreshedAt.Equal(login.At) {
+	if g.State == Live && g.LoginAt.Equal(login.At) && g.RefreshedAt.Equal(login.At) {
 		token := login.Token.open()
 		token.Epoch = g.Epoch
 		b.keep(ctx, wholeKey(k), token)
 	}
-	if err := b.changeTicket(ctx, t, func(h *handleRecord) { h.Pending = nil }); err != nil {
+	if err := b.changeTicket(ctx, t, func(h *handleRecord) error { h.Pending = nil; return nil }); err != nil {
 		return err
 	}
 	return storeError(b.cfg.Store.Remove(ctx, pendingKey(t.hub), t.member()), pendingKey(t.hub))
@@ -406,23 +409,21 @@ func unknownHandle() error {
 }
 
 // adopt spends a refresh token from before the broker and keeps what it brings
-// as a pending login. The mark is written first: if the store can't take it,
-// nothing is spent.
+// as a pending login. It is a refresh in small: the lease and the mark are
+// written first, and if the store can't take them nothing is spent; what comes
+// back exists nowhere else, so it is stored whatever it takes.
 func (b *Broker) adopt(ctx context.Context, p Provider, t ticket) (ticket, error) {
-	spent := false
-	err := b.changeTicket(ctx, &t, func(h *handleRecord) {
-		spent = h.Sub != "" || h.Dead != ""
-		if !spent {
-			h.Mark = Mark{Attempt: rand.Text(), At: b.pulse.now(), Lost: h.Mark.Attempt != ""}
-		}
-	})
-	if err != nil {
+	began := time.Now()
+	if err := b.beginAdoption(ctx, &t); err != nil {
 		return t, err
 	}
-	if spent { // meanwhile
+	if t.Sub != "" || t.Dead != "" { // meanwhile
 		return b.lookUp(ctx, t.hub, t.provider, t.handle)
 	}
-	id, iss, err := p.Refresh(ctx, t.handle, "", nil)
+	if time.Since(began) > sendWithin {
+		return t, b.notAdopted(ctx, &t, &ProviderError{Class: TryLater, Err: errors.New("the token broker's store is too slow")})
+	}
+	id, iss, err := send(ctx, p, began, t.handle, "", nil)
 	if err == nil && id.Sub == "" {
 		err = &ProviderError{Class: Dead, Reason: "the provider does not say whose it is"}
 	}
@@ -434,26 +435,54 @@ func (b *Broker) adopt(ctx context.Context, p Provider, t ticket) (ticket, error
 		iss.RefreshToken = t.handle // the provider does not rotate
 	}
 	login := b.newPending(t.provider, id, iss)
-	t.Sub, t.Pending, t.Mark = id.Sub, login, Mark{}
-	err = b.saveTicket(ctx, &t)
+	login.Adopted = true
+	adopted := t
+	adopted.Sub, adopted.Pending, adopted.Lease, adopted.Mark = id.Sub, login, Lease{}, Mark{}
+	err = b.insist(ctx, t.record(), func() error {
+		t = adopted
+		return b.saveTicket(ctx, &t)
+	})
 	return t, err
 }
 
+// beginAdoption takes the lease on t, unless it was adopted meanwhile.
+func (b *Broker) beginAdoption(ctx context.Context, t *ticket) error {
+	return b.changeTicket(ctx, t, func(h *handleRecord) error {
+		now := b.pulse.now()
+		switch {
+		case h.Sub != "" || h.Dead != "":
+			return errKeep
+		case b.held(h.Lease, now):
+			return Errorf(ProviderDown, "%s is being asked about this session already", t.provider)
+		}
+		attempt := rand.Text()
+		h.Lease = b.lease(attempt, now)
+		h.Mark = Mark{Attempt: attempt, At: now, Lost: h.Mark.Attempt != ""}
+		return nil
+	})
+}
+
+// notAdopted settles an adoption that brought nothing, if it is still ours.
 func (b *Broker) notAdopted(ctx context.Context, t *ticket, err error) error {
 	var pe *ProviderError
 	if !errors.As(err, &pe) {
-		return Errorf(ProviderDown, "%s can't be asked at the moment", t.provider).Because(err)
+		pe = &ProviderError{Class: Lost, Err: err}
 	}
-	cerr := b.changeTicket(ctx, t, func(h *handleRecord) {
+	holder := t.Lease.Holder
+	cerr := b.changeTicket(ctx, t, func(h *handleRecord) error {
 		switch {
+		case h.Lease.Holder != holder:
+			return errKeep
 		case pe.Class == Dead && h.Mark.Lost:
 			h.Dead = "lost_response"
 		case pe.Class == Dead:
 			h.Dead = cmp.Or(pe.Reason, "refused")
 		}
-		if pe.Class != Lost {
+		h.Lease = Lease{}
+		if pe.Class != Lost && !h.Mark.Lost {
 			h.Mark = Mark{}
 		}
+		return nil
 	})
 	return cmp.Or(cerr, told(t.provider, pe))
 }
@@ -467,7 +496,29 @@ func (b *Broker) RefreshHub(ctx context.Context, hub HubID, provider ProviderID,
 	ctx, cancel := context.WithTimeout(ctx, hubPatience)
 	defer cancel()
 	t, err := b.refreshHub(ctx, hub, provider, handle, e)
-	return b.recorded(ctx, e, t, err)
+	if t, err = b.recorded(ctx, e, t, err); err == nil {
+		err = b.hubConfirm(ctx, e)
+	}
+	if err != nil {
+		return HubToken{}, err
+	}
+	return t, nil
+}
+
+// hubConfirm stops a recorded answer whose grant was disconnected while it was
+// made. It reads the grant itself, which is newer than any revision.
+func (b *Broker) hubConfirm(ctx context.Context, e *Entry) error {
+	if e.Epoch == 0 {
+		return nil // no grant's token: a login that waits to be claimed
+	}
+	g, err := b.loadGrant(context.WithoutCancel(ctx), GrantKey{e.Hub, e.Provider, e.Sub})
+	if err == nil {
+		err = g.usable(g.Issuer)
+	}
+	if err == nil {
+		return nil
+	}
+	return b.record(ctx, e, err)
 }
 
 func (b *Broker) refreshHub(ctx context.Context, hub HubID, provider ProviderID, handle Secret, e *Entry) (HubToken, error) {
@@ -485,9 +536,13 @@ func (b *Broker) refreshHub(ctx context.Context, hub HubID, provider ProviderID,
 	if err != nil {
 		return HubToken{}, err
 	}
+	e.Epoch = token.Epoch
 	ctx = context.WithoutCancel(ctx) // the patience was for the provider
 	if token.Print != t.Given {
-		err = b.changeTicket(ctx, &t, func(h *handleRecord) { h.Given, h.GivenAt = token.Print, now })
+		err = b.changeTicket(ctx, &t, func(h *handleRecord) error {
+			h.Given, h.GivenAt = token.Print, now
+			return nil
+		})
 		if err != nil {
 			return HubToken{}, err
 		}
@@ -528,7 +583,7 @@ func (b *Broker) hubsOwn(ctx context.Context, tk *ticket, accept func(*cachedTok
 	})
 	if errors.Is(err, ErrProviderDown) {
 		old, ok := b.recall(context.WithoutCancel(ctx), wholeKey(k), func(c *cachedToken) bool {
-			return c.Epoch == g.Epoch && c.valid(b.pulse.now())
+			return c.Epoch == g.Epoch && c.valid(b.pulse.now()) && accept(c)
 		})
 		if ok {
 			return old, true, nil
@@ -567,7 +622,10 @@ func (b *Broker) CheckSession(ctx context.Context, hub HubID, provider ProviderI
 	ctx, cancel := context.WithTimeout(ctx, hubPatience)
 	defer cancel()
 	s, err := b.checkSession(ctx, hub, provider, handle, user, have, e)
-	if err := b.record(context.WithoutCancel(ctx), e, err); err != nil {
+	if err := b.record(ctx, e, err); err != nil {
+		return Session{}, err
+	}
+	if err := b.hubConfirm(ctx, e); err != nil {
 		return Session{}, err
 	}
 	s.Ref = e.Ref
@@ -589,7 +647,7 @@ func (b *Broker) checkSession(ctx context.Context, hub HubID, provider ProviderI
 		return s, nil
 	}
 	given, err := b.handedOut(context.WithoutCancel(ctx), t, token)
-	s.Token, e.Token = &given, token.Print
+	s.Token, e.Token, e.Epoch = &given, token.Print, token.Epoch
 	return s, err
 }
 

@@ -508,3 +508,269 @@ func TestNewNamesWhatIsMissing(t *testing.T) {
 		}
 	}
 }
+
+func TestUnregisterHalfDoneIsFinishedByTheNext(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		ctx := context.Background()
+		r.running("alice", 100)
+		r.store.Before(func(method string, _ broker.Key) error {
+			if method == "Delete" {
+				return errors.New("away")
+			}
+			return nil
+		})
+		_, err := r.Unregister(ctx, "main", "alice", "", 0)
+		refused(t, err, broker.ErrUnavailable)
+		r.store.Before(nil)
+		if ref, err := r.Unregister(ctx, "main", "alice", "", 0); err != nil || ref == "" {
+			t.Errorf("Unregister again: %q, %v", ref, err)
+		}
+		r.Close()
+		r.start()
+		if got := r.Registrations(); len(got) != 0 {
+			t.Errorf("after a restart there are still %+v", got)
+		}
+	})
+}
+
+func TestRegisterHalfDoneCanBeUnregistered(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		ctx := context.Background()
+		r.running("alice", 100)
+		before := r.Registrations()[0].Generation
+		r.store.Before(func(method string, k broker.Key) error {
+			if method == "Add" && k.Kind == "registrations" {
+				return errors.New("away")
+			}
+			return nil
+		})
+		_, err := r.Register(ctx, "main", broker.RegisterRequest{User: "alice", ContainerName: "jupyter-alice"})
+		refused(t, err, broker.ErrUnavailable)
+		r.store.Before(nil)
+		if ref, err := r.Unregister(ctx, "main", "alice", "", before); err != nil || ref == "" {
+			t.Errorf("Unregister: %q, %v", ref, err)
+		}
+		r.Close()
+		r.start()
+		if got := r.Registrations(); len(got) != 0 {
+			t.Errorf("after a restart there are still %+v", got)
+		}
+	})
+}
+
+func TestOneServerPerUIDAlsoAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		uid := uint32(1000)
+		r.store.Before(func(method string, k broker.Key) error {
+			time.Sleep(time.Second)
+			return nil
+		})
+		var all sync.WaitGroup
+		for _, user := range []broker.UserID{"alice", "bob"} {
+			all.Go(func() { r.Register(context.Background(), "main", broker.RegisterRequest{User: user, UID: &uid}) })
+		}
+		all.Wait()
+		r.store.Before(nil)
+		if got := r.Registrations(); len(got) != 1 {
+			t.Errorf("%d servers run as uid 1000, want 1: %+v", len(got), got)
+		}
+	})
+}
+
+func TestHubIsNeverGivenTheTokenOfItsLoginAgain(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		first, err := r.Login(context.Background(), "main", "keycloak", codeOf("alice"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Claim(context.Background(), "main", "keycloak", first.Handle, "alice"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		got, err := r.RefreshHub(context.Background(), "main", "keycloak", first.Handle)
+		if err != nil || got.Access.Equal(first.Access) {
+			t.Errorf("RefreshHub: %v; want another token than the login's", err)
+		}
+	})
+}
+
+func TestHubIsNotGivenTheTokenItGaveUpWhileTheProviderIsDown(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		if _, err := r.RefreshHub(context.Background(), "main", "keycloak", handle); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.TryLater}})
+		_, err := r.RefreshHub(context.Background(), "main", "keycloak", handle)
+		refused(t, err, broker.ErrProviderDown)
+	})
+}
+
+func TestHubsTokenDoesNotLeaveAfterADisconnect(t *testing.T) {
+	ask := map[string]func(r *rig, h broker.Secret) error{
+		"RefreshHub": func(r *rig, h broker.Secret) error {
+			_, err := r.RefreshHub(context.Background(), "main", "keycloak", h)
+			return err
+		},
+		"CheckSession": func(r *rig, h broker.Secret) error {
+			s, err := r.CheckSession(context.Background(), "main", "keycloak", h, "alice", "")
+			if err == nil && s.Token == nil {
+				err = errors.New("no token")
+			}
+			return err
+		},
+	}
+	for name, ask := range ask {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(r *rig) {
+				handle := r.loggedIn("alice")
+				other := r.second()
+				defer other.Close()
+				var once sync.Once
+				r.audit.slow = func() {
+					once.Do(func() {
+						if _, _, err := other.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+							t.Errorf("Disconnect: %v", err)
+						}
+						time.Sleep(time.Second) // a slow disk
+					})
+				}
+				if err := ask(r, handle); err == nil {
+					t.Error("a token left after the disconnect")
+				}
+			})
+		})
+	}
+}
+
+func TestDisabledAccountIsNotServedByAClaimThatWasHalfDone(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.login("alice")
+		r.store.Before(func(method string, k broker.Key) error {
+			if method == "Put" && k.Kind == "handle" {
+				return errors.New("the store goes away before the handle is written")
+			}
+			return nil
+		})
+		r.Claim(context.Background(), "main", "keycloak", handle, "alice")
+		r.store.Before(nil)
+		p := r.running("alice", 100)
+		tok := r.token(p, broker.Want{})
+		time.Sleep(31 * time.Second)
+		r.provider.EndSession("alice")
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.Disabled}})
+		r.refused(p, broker.Want{Rejected: tok.Access.Fingerprint()}, broker.ErrDenied)
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", "")
+		if err != nil || s.Active {
+			t.Errorf("CheckSession of a disabled account: %+v, %v", s, err)
+		}
+	})
+}
+
+func TestTwoBrokersAdoptOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.provider.Login(context.Background(), codeOf("alice"))
+		old := broker.NewSecret(r.provider.RefreshToken("alice"))
+		other := r.second()
+		defer other.Close()
+		r.provider.Next(brokertest.Answer{Before: func() { time.Sleep(time.Second) }})
+		var all sync.WaitGroup
+		for _, b := range []*rig{r, other} {
+			all.Go(func() {
+				s, err := b.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+				if err != nil || !s.Active {
+					t.Errorf("CheckSession: %+v, %v", s, err)
+				}
+			})
+		}
+		all.Wait()
+		for _, b := range []*rig{r, other} {
+			s, err := b.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+			if err != nil || !s.Active || s.Stale || s.Token == nil {
+				t.Errorf("CheckSession afterwards: %+v, %v", s, err)
+			}
+		}
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("the old token was sent %d times", n)
+		}
+	}, adopting)
+}
+
+func TestAdoptedTokenIsStoredOnceTheStoreIsBack(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.provider.Login(context.Background(), codeOf("alice"))
+		old := broker.NewSecret(r.provider.RefreshToken("alice"))
+		r.provider.Next(brokertest.Answer{Before: func() { r.store.Fail(errors.New("away")) }})
+		time.AfterFunc(10*time.Second, func() { r.store.Fail(nil) })
+		r.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+		time.Sleep(20 * time.Second)
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+		if err != nil || !s.Active || s.Token == nil {
+			t.Errorf("CheckSession: %+v, %v", s, err)
+		}
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("the old token was sent %d times", n)
+		}
+	}, adopting)
+}
+
+func TestAdoptedTokenThatNobodyClaimedIsNotSpentAgain(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.provider.Login(context.Background(), codeOf("alice"))
+		old := broker.NewSecret(r.provider.RefreshToken("alice"))
+		tok, err := r.RefreshHub(context.Background(), "main", "keycloak", old)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Claim(context.Background(), "main", "keycloak", tok.Handle, "alice"); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(11 * time.Minute)
+		r.CheckSession(context.Background(), "main", "keycloak", old, "alice", "") // by somebody who still has it
+		r.token(r.running("alice", 100), broker.Want{})
+	}, adopting)
+}
+
+func TestAdoptionDoesNotReviveADisconnectedGrant(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Second)
+		r.provider.Login(context.Background(), codeOf("alice")) // not through the broker
+		old := broker.NewSecret(r.provider.RefreshToken("alice"))
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+		if err != nil || s.Active {
+			t.Errorf("CheckSession: %+v, %v; want not active", s, err)
+		}
+		r.refused(p, broker.Want{}, broker.ErrRevoked)
+		r.loggedIn("alice")
+		r.token(p, broker.Want{})
+	}, adopting)
+}
+
+func TestLiveHandleIsWorthNothingToAnotherUser(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "mallory", "")
+		if err != nil || s.Active || s.Token != nil {
+			t.Errorf("CheckSession of alice's handle for mallory: %+v, %v", s, err)
+		}
+	})
+}
+
+func TestLoginFromBeforeADisconnectIsNotClaimed(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		handle := r.login("alice")
+		time.Sleep(time.Second)
+		if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+			t.Fatal(err)
+		}
+		_, err := r.Claim(context.Background(), "main", "keycloak", handle, "alice")
+		refused(t, err, broker.ErrRevoked)
+	})
+}

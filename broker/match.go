@@ -26,6 +26,13 @@ type userKey struct {
 	user UserID
 }
 
+// A lookKey says which look may be shared: one that began at an earlier revision
+// may have read what is over.
+type lookKey struct {
+	userKey
+	revision int64
+}
+
 // views keeps one view per user.
 type views struct {
 	mu  sync.Mutex // guards the map
@@ -66,7 +73,7 @@ func (b *Broker) match(ctx context.Context, hub HubID, user UserID) (*view, erro
 	if v, ok := b.views.get(k, rev); ok {
 		return v, nil
 	}
-	return b.looks.do(ctx, k, func(ctx context.Context) (*view, error) {
+	return b.looks.do(ctx, lookKey{k, rev}, func(ctx context.Context) (*view, error) {
 		v, err := b.look(ctx, k, rev)
 		if err == nil {
 			b.views.put(k, v)

@@ -16,7 +16,10 @@ type Rule struct {
 	Users   []UserID
 	Servers []ServerName
 	Images  []string // image references; * stands for any text
-	Roles   []string // "value" or "claim/value" of Provider, or "provider:claim/value"
+	// Roles are "value" or "claim/value" of Provider, or "provider:claim/value".
+	// A value with a slash, unless that is its first character, needs its claim:
+	// a group called roles/admin must not pass for the role admin.
+	Roles []string
 
 	// What.
 	Provider  ProviderID
@@ -98,18 +101,14 @@ func (r *Rule) hasRole(roles []string) bool {
 	})
 }
 
-// names says whether want, as written in the rule, means the canonical role
-// have. The value may hold any character, so it is compared, never split.
+// names says whether want, as written in the rule, means the canonical role have.
 func (r *Rule) names(want, have string) bool {
-	if want == have {
-		return true
-	}
 	own, ok := strings.CutPrefix(have, string(r.Provider)+":")
-	if !ok {
-		return false
+	if strings.Index(want, "/") > 0 {
+		return want == have || ok && want == own
 	}
 	_, value, _ := strings.Cut(own, "/")
-	return want == own || want == value
+	return ok && want == value
 }
 
 func (r *Rule) audience(want string) (string, error) {

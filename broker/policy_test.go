@@ -17,7 +17,10 @@ func TestDecide(t *testing.T) {
 	kc := broker.ProviderID("keycloak")
 	alice := broker.Facts{
 		Server: broker.ServerKey{Hub: "main", User: "alice", Server: "gpu"},
-		Image:  "registry.example/lab:2026", Roles: []string{"gitlab:groups/dev", "keycloak:roles/researcher"},
+		Image:  "registry.example/lab:2026", Roles: []string{
+			"gitlab:groups/dev", "keycloak:groups//lab/a", "keycloak:groups/keycloak:roles/boss", "keycloak:groups/roles/admin",
+			"keycloak:roles/researcher",
+		},
 	}
 	rule := func(edit func(*broker.Rule)) []broker.Rule {
 		r := broker.Rule{Provider: kc, Audiences: []string{"storage"}, Scopes: []string{"read", "write"}}
@@ -59,6 +62,10 @@ func TestDecide(t *testing.T) {
 		{"another provider's role by its full name", rule(func(r *broker.Rule) { r.Roles = []string{"gitlab:groups/dev"} }), broker.Want{}, nil,
 			broker.Target{Audience: "storage", Scopes: []string{"read", "write"}}},
 		{"another provider's role by its bare name", rule(func(r *broker.Rule) { r.Roles = []string{"dev"} }), broker.Want{}, broker.ErrDenied, broker.Target{}},
+		{"a group path by its value", rule(func(r *broker.Rule) { r.Roles = []string{"/lab/a"} }), broker.Want{}, nil,
+			broker.Target{Audience: "storage", Scopes: []string{"read", "write"}}},
+		{"a group that is called like another claim's role", rule(func(r *broker.Rule) { r.Roles = []string{"roles/admin"} }), broker.Want{}, broker.ErrDenied, broker.Target{}},
+		{"a group that is called like a role's full name", rule(func(r *broker.Rule) { r.Roles = []string{"keycloak:roles/boss"} }), broker.Want{}, broker.ErrDenied, broker.Target{}},
 		{"the first rule that covers the request answers",
 			append(rule(func(r *broker.Rule) { r.Scopes = []string{"read"} }), rule(func(r *broker.Rule) {})...),
 			broker.Want{Scopes: []string{"write"}}, nil, broker.Target{Audience: "storage", Scopes: []string{"write"}}},

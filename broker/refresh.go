@@ -17,16 +17,20 @@ import (
 //	         can't accept it, no refresh token is spent.
 //	send     only while the lease outlasts the provider's time limit.
 //	settle   one write that fits the answer: commit, or quarantine, or release.
+//	share    after a commit: the new access token, for all brokers; only then
+//	         is the lease given back.
 //
 // Version is the fence between refreshes and logins, Tombstone the one against
 // storing over a disconnected grant, and Epoch says that decisions have to be
 // taken again. Nobody's hanging up stops a refresh that has begun.
 const (
-	// leaseFor outlasts what the provider may take (30 s by its contract), so
-	// that no second attempt starts while the first may still succeed.
+	// leaseFor outlasts what the provider may take, so that no second attempt
+	// starts while the first may still succeed.
 	leaseFor = 45 * time.Second
+	// answerWithin is how long a provider may take, whatever its adapter allows.
+	answerWithin = 30 * time.Second
 	// sendWithin is how old a lease may be when the token is sent; what is left
-	// of it then covers the provider's limit. A broker that was frozen between
+	// of it then covers answerWithin. A broker that was frozen between
 	// begin and send finds itself too late here.
 	sendWithin = 10 * time.Second
 	// leasePoll is how often a grant is looked at that another broker refreshes.
@@ -75,9 +79,12 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 		return cachedToken{}, err
 	}
 	defer leave()
-	for deadline := time.Now().Add(2 * leaseFor); ; {
+	for deadline := time.Now().Add(2 * scaled(leaseFor)); ; {
 		if t, ok := b.recall(ctx, e.key, e.good); ok {
 			return t, nil
+		}
+		if b.closes() {
+			return cachedToken{}, Errorf(Unavailable, "the token broker is being restarted")
 		}
 		t, err := b.attempt(ctx, e)
 		switch {
@@ -101,16 +108,24 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 	if err := b.journal.ready(); err != nil {
 		return cachedToken{}, Errorf(Unavailable, "the token broker's own disk is full").Because(err)
 	}
+	failpoint("before begin")
 	began := time.Now()
 	g, err := b.begin(ctx, e.key.grant, p.Info().Issuer)
 	if err != nil {
 		return cachedToken{}, err
 	}
-	if time.Since(began) > sendWithin {
+	failpoint("after begin")
+	if t, ok := b.recall(ctx, e.key, e.good); ok { // of whoever had the lease before
+		b.release(ctx, g, false)
+		return t, nil
+	}
+	if time.Since(began) > scaled(sendWithin) {
 		b.release(ctx, g, false)
 		return cachedToken{}, Errorf(Unavailable, "the token broker's store is too slow")
 	}
-	id, iss, err := p.Refresh(ctx, g.Refresh, g.Key.Sub, e.scopes)
+	failpoint("before send")
+	id, iss, err := send(ctx, p, began, g.Refresh, g.Key.Sub, e.scopes)
+	failpoint("answer read")
 	if err != nil {
 		return cachedToken{}, b.unsuccessful(ctx, g, iss, err)
 	}
@@ -118,13 +133,32 @@ func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
 	if err != nil {
 		return cachedToken{}, err
 	}
+	defer b.release(ctx, g, false) // and who then gets it finds the token
+	return t, b.share(ctx, e, t)
+}
+
+// share keeps a new token for all brokers.
+func (b *Broker) share(ctx context.Context, e errand, t cachedToken) error {
 	if e.check != nil {
 		if err := e.check(&t); err != nil {
-			return cachedToken{}, err
+			return err
 		}
 	}
+	failpoint("before keep")
 	b.keep(ctx, e.key, t)
-	return t, nil
+	failpoint("after keep")
+	return nil
+}
+
+// send spends a refresh token at p, within the time that the lease allows for it.
+// That is counted from when the lease began, too: a process that was frozen since
+// the age of its lease was checked finds the time over, and sends nothing.
+func send(ctx context.Context, p Provider, began time.Time, refresh Secret, sub string, scopes []string) (Identity, Issued, error) {
+	ctx, end := context.WithDeadline(ctx, began.Add(scaled(sendWithin+answerWithin)))
+	defer end()
+	ctx, cancel := context.WithTimeout(ctx, scaled(answerWithin))
+	defer cancel()
+	return p.Refresh(ctx, refresh, sub, scopes)
 }
 
 // begin takes the lease on k. It is also the pre-flight write.
@@ -141,14 +175,28 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 			return Errorf(LoginRequired, "%s gave no refresh token at your login", k.Provider)
 		case g.State == GrantDisabled && now.Sub(g.Since) < disabledFor:
 			return disabled(k.Provider)
-		case g.Lease.Until.After(now):
+		case b.held(g.Lease, now):
 			return errBusy
 		}
 		lost := g.Mark.Attempt != "" // whoever left it never learned the answer
-		g.Lease = Lease{Holder: attempt, Until: now.Add(leaseFor)}
+		g.Lease = b.lease(attempt, now)
 		g.Mark = Mark{Attempt: attempt, At: now, Lost: lost}
 		return nil
 	})
+}
+
+func (b *Broker) lease(attempt string, now time.Time) Lease {
+	return Lease{Holder: attempt, Journal: b.journal.id, Until: now.Add(scaled(leaseFor))}
+}
+
+// held says whether l keeps others out. It does not keep us out if it was taken
+// on our own journal: not by a process that lives, because the journal has one at
+// a time, and not by another refresh of ours, because a grant has one at a time.
+// To wait for its end would gain nothing, the answer to a process that is dead is
+// lost, and with a provider that forgives a second use for 30 s it would cost the
+// grant.
+func (b *Broker) held(l Lease, now time.Time) bool {
+	return l.Until.After(now) && l.Journal != b.journal.id
 }
 
 // fence returns nil if an answer to the token that began held still concerns g:
@@ -164,15 +212,27 @@ func fence(g *Grant, exists bool, began Grant) error {
 }
 
 // commit stores a provider's answer: in the journal, then in the store, which is
-// asked until it takes it, for the new refresh token exists nowhere else.
+// asked until it takes it, for the new refresh token exists nowhere else. The
+// lease stays: whoever got it now would not find the new access token yet, and
+// refresh again.
 func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issued) (cachedToken, error) {
 	now := b.pulse.now()
 	t := newCachedToken(iss, began.Epoch, now)
 	next := began
 	moved := next.renewed(id, iss, now, b.cfg.Host)
 	next.OutstandingUntil = latest(next.OutstandingUntil, t.outstandingUntil())
-	b.note(next)
-	g, err := b.insist(ctx, began.Key, func(g *Grant, exists bool) error { return g.follow(exists, began, next) })
+	failpoint("before journal")
+	defer b.committing.add(began.Key)()
+	free := next // a copy from the journal is nobody's
+	free.Lease = Lease{}
+	b.note(free)
+	failpoint("after journal")
+	var g Grant
+	err := b.insist(ctx, began.Key.record(), func() (err error) {
+		g, err = b.changeStored(ctx, began.Key, func(g *Grant, exists bool) error { return g.follow(exists, began, next) })
+		return err
+	})
+	failpoint("after commit")
 	switch {
 	case err == nil && g.Epoch == next.Epoch:
 		// If others moved the epoch since begin, the token stays one of the old
@@ -235,7 +295,7 @@ func (g *Grant) renewed(id Identity, iss Issued, now time.Time, host HostID) (mo
 		g.Epoch = later(g.Epoch, now)
 	}
 	g.Version++
-	g.Lease, g.Mark = Lease{}, Mark{}
+	g.Mark = Mark{}
 	g.RefreshedAt, g.RefreshedBy = now, host
 	return moved
 }
@@ -250,17 +310,17 @@ func canonical(p ProviderID, roles []string) []string {
 	return sorted(full)
 }
 
-// insist is changeStored that goes on while the store is away.
-func (b *Broker) insist(ctx context.Context, k GrantKey, change func(*Grant, bool) error) (Grant, error) {
+// insist writes k, and goes on while the store is away.
+func (b *Broker) insist(ctx context.Context, k Key, write func() error) error {
 	wait := 20 * time.Millisecond
 	for deadline := time.Now().Add(commitFor); ; {
-		g, err := b.changeStored(ctx, k, change)
+		err := write()
 		if !errors.Is(err, ErrUnavailable) || time.Now().After(deadline) {
-			return g, err
+			return err
 		}
-		b.cfg.Log.Error("a refreshed grant can't be stored; trying again", "grant", k, "err", err)
+		b.cfg.Log.Error("a new refresh token can't be stored; trying again", "record", k, "err", err)
 		if pause(ctx, wait) != nil {
-			return g, err
+			return err
 		}
 		wait = min(2*wait, time.Second)
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -88,6 +89,33 @@ func TestRoleThatIsLostStopsTheNextToken(t *testing.T) {
 			t.Fatalf("CheckSession: %+v, %v", s, err)
 		}
 		r.token(p, broker.Want{}) // a role gained needs no new login
+	})
+}
+
+func TestRoleThatIsGainedCountsAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.provider.SetRoles("alice", "student")
+		expire()
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		expire()
+		var later atomic.Bool
+		r.store.After(func(method string, k broker.Key) error {
+			if method == "Get" && k.Kind == "grant" && !later.Swap(true) {
+				time.Sleep(time.Second) // with the old roles in hand
+			}
+			return nil
+		})
+		var slow sync.WaitGroup
+		slow.Go(func() { r.Token(context.Background(), p, broker.Want{}) })
+		synctest.Wait()
+		r.provider.SetRoles("alice", "researcher")
+		if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || !s.Active {
+			t.Fatalf("CheckSession: %+v, %v", s, err)
+		}
+		r.token(p, broker.Want{})
+		slow.Wait()
 	})
 }
 
@@ -326,6 +354,191 @@ func TestDisconnectEndsTokensOnEveryBroker(t *testing.T) {
 		r.token(p, broker.Want{})
 		if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || s.Active {
 			t.Errorf("a handle from before the disconnect came back to life: %+v, %v", s, err)
+		}
+	})
+}
+
+func TestOtherBrokersWaitUntilTheNewTokenIsShared(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer other.Close()
+		expire()
+		r.store.Before(func(method string, k broker.Key) error {
+			if method == "Put" && k.Kind == "whole" {
+				time.Sleep(time.Second)
+			}
+			return nil
+		})
+		r.provider.Next(brokertest.Answer{Before: func() { time.Sleep(time.Second) }})
+		var both sync.WaitGroup
+		both.Go(func() { r.token(p, broker.Want{}) })
+		both.Go(func() {
+			time.Sleep(500 * time.Millisecond)
+			if s, err := other.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || s.Stale {
+				t.Errorf("CheckSession: %+v, %v", s, err)
+			}
+		})
+		both.Wait()
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("%d refreshes, want 1 for both brokers", n)
+		}
+	})
+}
+
+func TestCloseDoesNotWaitForAnotherBrokersLease(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		handle := r.loggedIn("alice")
+		other := r.second()
+		p := other.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() { time.Sleep(20 * time.Second) }})
+		go r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", "")
+		synctest.Wait()
+		go other.Token(context.Background(), p, broker.Want{})
+		synctest.Wait()
+		began := time.Now()
+		other.Close()
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("Close took %s; it had no refresh of its own under way", took)
+		}
+	})
+}
+
+func TestDisconnectEndsWhatItCan(t *testing.T) {
+	both := func(c *broker.Config) { c.Providers = append(c.Providers, brokertest.NewProvider("gitlab")) }
+	login := func(r *rig) {
+		r.loggedIn("alice")
+		tok, err := r.Login(context.Background(), "main", "gitlab", codeOf("alice"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := r.Claim(context.Background(), "main", "gitlab", tok.Handle, "alice"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Run("although one grant can't be read", func(t *testing.T) {
+		inBubble(t, func(r *rig) {
+			login(r)
+			p := r.running("alice", 100)
+			r.token(p, broker.Want{})
+			away := errors.New("away")
+			r.store.Before(func(method string, k broker.Key) error {
+				if method == "Get" && k.Kind == "grant" && k.Parts[1] == "gitlab" {
+					return away
+				}
+				return nil
+			})
+			if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); !errors.Is(err, broker.ErrUnavailable) {
+				t.Errorf("Disconnect: %v; want it to say that one grant could not be ended", err)
+			}
+			r.store.Before(nil)
+			r.refused(p, broker.Want{}, broker.ErrRevoked)
+		}, both)
+	})
+	t.Run("although a provider is not configured any more", func(t *testing.T) {
+		inBubble(t, func(r *rig) {
+			login(r)
+			r.Close()
+			r.cfg.Providers = r.cfg.Providers[:1]
+			r.start()
+			gone, _, err := r.Disconnect(context.Background(), "root", "main", "alice", "")
+			if err != nil || len(gone) != 2 {
+				t.Errorf("Disconnect: %+v, %v; want both grants ended", gone, err)
+			}
+		}, both)
+	})
+}
+
+func TestRolesOfACommitWhoseAnswerIsLostCountAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.SetRoles("alice", "student")
+		r.provider.Next(brokertest.Answer{Before: func() { // begin is over: the next Put is the commit's
+			var once sync.Once
+			r.store.After(func(method string, k broker.Key) (err error) {
+				if method == "Put" && k.Kind == "grant" {
+					once.Do(func() { err = errors.New("the answer is lost") })
+				}
+				return err
+			})
+		}})
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("%d refreshes, want the one whose answer was stored", n)
+		}
+	})
+}
+
+func TestProviderThatHangsIsGivenUpBeforeTheLeaseEnds(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		began := time.Now()
+		r.refused(p, broker.Want{}, broker.ErrProviderDown)
+		if took := time.Since(began); took > 30*time.Second {
+			t.Errorf("the provider was given %s, want 30 s at most", took)
+		}
+	}, func(c *broker.Config) { c.Providers = []broker.Provider{hangs{c.Providers[0]}} })
+}
+
+// hangs is a provider whose refreshes end with their context, or after an hour.
+type hangs struct{ broker.Provider }
+
+func (p hangs) Refresh(ctx context.Context, _ broker.Secret, _ string, _ []string) (broker.Identity, broker.Issued, error) {
+	select {
+	case <-ctx.Done():
+		return broker.Identity{}, broker.Issued{}, ctx.Err()
+	case <-time.After(time.Hour):
+		return broker.Identity{}, broker.Issued{}, errors.New("too late")
+	}
+}
+
+func TestDisabledAccountIsAskedForTwiceAMinuteAtMost(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.Disabled}})
+		for range 3 {
+			r.refused(p, broker.Want{}, broker.ErrDenied)
+		}
+		if n := r.provider.Calls("refresh"); n != 1 {
+			t.Errorf("the provider was asked %d times within a moment", n)
+		}
+	})
+}
+
+func TestLostAnswerIsRememberedThroughOtherTrouble(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(
+			brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost}, Spend: true},
+			brokertest.Answer{Err: &broker.ProviderError{Class: broker.TryLater}})
+		r.refused(p, broker.Want{}, broker.ErrProviderDown)
+		r.refused(p, broker.Want{}, broker.ErrProviderDown)
+		r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+		if g := r.grant("alice"); g.Reason != "lost_response" {
+			t.Errorf("the reason is %q, want lost_response", g.Reason)
+		}
+	})
+}
+
+func TestDisconnectSaysHowLongAnExchangedTokenMayWork(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		time.Sleep(2 * time.Minute)
+		tok := r.token(p, broker.Want{}) // ends two minutes after the login's
+		gone, _, err := r.Disconnect(context.Background(), "root", "main", "alice", "")
+		if err != nil || gone[0].OutstandingUntil.Before(tok.ExpiresAt) {
+			t.Errorf("outstanding until %+v, %v; a token lives until %s", gone, err, tok.ExpiresAt)
 		}
 	})
 }

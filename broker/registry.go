@@ -166,6 +166,13 @@ func (b *Broker) register(ctx context.Context, hub HubID, r RegisterRequest) (Re
 		return Registered{}, err
 	}
 	defer leave()
+	if r.UID != nil {
+		leave, err := b.uidTurns.take(ctx, *r.UID)
+		if err != nil {
+			return Registered{}, err
+		}
+		defer leave()
+	}
 	if err := b.sameUID(k, r.UID); err != nil {
 		return Registered{}, err
 	}
@@ -275,26 +282,44 @@ func (b *Broker) Unregister(ctx context.Context, hub HubID, user UserID, name Se
 		return "", err
 	}
 	defer leave()
-	s := b.servers.get(k)
-	if s == nil || generation != 0 && generation != s.Generation {
+	s, err := b.registered(ctx, k)
+	if err == nil && (s == nil || generation != 0 && generation != s.Generation) {
 		return "", nil
 	}
-	e := b.serverEntry("unregister", s)
-	err = b.unregister(ctx, s)
+	e := b.entry("unregister", nil)
+	e.Hub, e.User, e.Server = hub, user, name
+	if err == nil {
+		e = b.serverEntry("unregister", s)
+		err = b.unregister(ctx, s)
+	}
 	if err := b.record(ctx, e, err); err != nil {
 		return "", err
 	}
 	return e.Ref, nil
 }
 
+// registered returns the server at k, or nil. The store is asked, too, for what
+// a Register or Unregister that failed half-way has left there.
+func (b *Broker) registered(ctx context.Context, k ServerKey) (*server, error) {
+	if s := b.servers.get(k); s != nil {
+		return s, nil
+	}
+	var r Registration
+	_, err := b.vault.load(ctx, b.registrationKey(k), &r)
+	if errors.Is(err, ErrAbsent) {
+		return nil, nil
+	}
+	return &server{Registration: r}, err
+}
+
 // unregister stops serving first and forgets afterwards; if it fails half-way
-// the hub's next word, or the next start, finishes it.
+// the hub's next word finishes it.
 func (b *Broker) unregister(ctx context.Context, s *server) error {
 	b.servers.remove(s.Key)
 	if err := b.cfg.Sockets.Close(s.Key); err != nil {
 		return fmt.Errorf("close socket of %s: %w", s.Key, err)
 	}
-	if err := b.deleteRegistration(ctx, s.Registration); err != nil {
+	if err := b.deleteRegistration(ctx, s.Key); err != nil {
 		return err
 	}
 	k := userKey{s.Key.Hub, s.Key.User}
@@ -304,26 +329,26 @@ func (b *Broker) unregister(ctx context.Context, s *server) error {
 	return nil
 }
 
-func (b *Broker) deleteRegistration(ctx context.Context, r Registration) error {
-	rk := b.registrationKey(r.Key)
+// deleteRegistration forgets k, whatever its generation in the store: only a
+// Register that failed half-way leaves a newer one there than the hub knows.
+func (b *Broker) deleteRegistration(ctx context.Context, k ServerKey) error {
+	rk := b.registrationKey(k)
 	var stored Registration
 	was, err := b.vault.load(ctx, rk, &stored)
 	switch {
 	case errors.Is(err, ErrAbsent):
 	case err != nil:
 		return err
-	case stored.Generation != r.Generation:
-		return nil
 	default:
 		err := b.cfg.Store.Delete(ctx, rk, was)
-		if errors.Is(err, ErrStale) { // registered again, or only sealed anew
-			return b.deleteRegistration(ctx, r)
+		if errors.Is(err, ErrStale) { // it changed, or was only sealed anew
+			return b.deleteRegistration(ctx, k)
 		}
 		if err != nil {
 			return storeError(err, rk)
 		}
 	}
-	return storeError(b.cfg.Store.Remove(ctx, b.registrationsKey(), r.Key.member()), rk)
+	return storeError(b.cfg.Store.Remove(ctx, b.registrationsKey(), k.member()), rk)
 }
 
 func (b *Broker) registrationKey(k ServerKey) Key {

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"time"
 )
@@ -42,24 +43,24 @@ func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provide
 		return nil, err
 	}
 	var gone []Disconnection
-	for _, id := range b.providerNames() {
-		sub, ok := l.Subs[id]
-		if !ok || provider != "" && provider != id {
+	var errs []error // one grant that can't be ended does not save the others
+	for _, id := range slices.Sorted(maps.Keys(l.Subs)) {
+		if provider != "" && provider != id {
 			continue
 		}
-		g, err := b.tombstone(ctx, GrantKey{hub, id, sub}, user)
-		if errors.Is(err, ErrAbsent) {
-			continue
+		g, err := b.tombstone(ctx, GrantKey{hub, id, l.Subs[id]}, user)
+		switch {
+		case errors.Is(err, ErrAbsent):
+		case err != nil:
+			errs = append(errs, err)
+		default:
+			gone = append(gone, Disconnection{Provider: id, Sub: l.Subs[id], OutstandingUntil: g.OutstandingUntil})
 		}
-		if err != nil {
-			return nil, err
-		}
-		gone = append(gone, Disconnection{Provider: id, Sub: sub, OutstandingUntil: g.OutstandingUntil})
 	}
-	if len(gone) == 0 {
+	if len(gone)+len(errs) == 0 {
 		return nil, Errorf(Invalid, "user: %q has no grant to end at %s", user, orAll(provider)).Hint("tokenbroker sessions list shows who has")
 	}
-	return gone, b.stopIssuing(ctx, hub, user, gone)
+	return gone, errors.Join(append(errs, b.stopIssuing(ctx, hub, user, gone))...)
 }
 
 // tombstone ends one grant. Whatever is under way finds the mark: a refresh

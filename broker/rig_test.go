@@ -20,7 +20,7 @@ import (
 
 // A rig is a broker on parts in memory, and what they were told.
 type rig struct {
-	t        *testing.T
+	t        testing.TB
 	store    *brokertest.MemStore
 	provider *brokertest.Provider
 	attestor *brokertest.Attestor
@@ -44,7 +44,7 @@ func inBubble(t *testing.T, f func(r *rig), edit ...func(*broker.Config)) {
 	})
 }
 
-func newRig(t *testing.T, edit ...func(*broker.Config)) *rig {
+func newRig(t testing.TB, edit ...func(*broker.Config)) *rig {
 	t.Helper()
 	keys, err := seal.New()
 	if err != nil {
@@ -152,7 +152,7 @@ func (r *rig) refused(p *broker.Peer, w broker.Want, want *broker.Error) *broker
 	return refused(r.t, err, want)
 }
 
-func refused(t *testing.T, err error, want *broker.Error) *broker.Error {
+func refused(t testing.TB, err error, want *broker.Error) *broker.Error {
 	t.Helper()
 	var said *broker.Error
 	if !errors.Is(err, want) || !errors.As(err, &said) {
@@ -205,7 +205,7 @@ func (a *audit) Write(p []byte) (int, error) {
 }
 
 // entries are the lines of one action.
-func (a *audit) entries(t *testing.T, action string) (all []broker.Entry) {
+func (a *audit) entries(t testing.TB, action string) (all []broker.Entry) {
 	t.Helper()
 	for line := range strings.Lines(a.String()) {
 		var e broker.Entry
@@ -236,7 +236,7 @@ func (s *syncBuffer) String() string {
 	return s.b.String()
 }
 
-func lasts(t *testing.T, tok broker.Token, want time.Duration) {
+func lasts(t testing.TB, tok broker.Token, want time.Duration) {
 	t.Helper()
 	if tok.ExpiresIn <= 0 || tok.ExpiresIn > want {
 		t.Errorf("token lasts %s, want at most %s", tok.ExpiresIn, want)

@@ -52,6 +52,7 @@ func (b *Broker) Token(ctx context.Context, p *Peer, want Want) (Token, error) {
 	if ok, err := b.stands(ctx, a); err != nil || !ok {
 		return Token{}, b.record(ctx, e, Errorf(Unavailable, "your rights changed while the answer was recorded").Because(err))
 	}
+	failpoint("before answer")
 	now := b.pulse.now()
 	return Token{
 		Access: a.token.Access, Type: a.token.Type, Provider: a.decision.Provider,
@@ -83,8 +84,13 @@ func (b *Broker) answer(ctx context.Context, p *Peer, want Want, e *Entry) (answ
 		if err != nil {
 			return a, err
 		}
-		if ok, err := b.stands(ctx, a); err != nil || ok {
+		ok, err := b.stands(ctx, a)
+		if err != nil {
 			return a, err
+		}
+		if ok {
+			e.Token, e.ExpiresAt = a.token.Print, &a.token.ExpiresAt
+			return a, nil
 		}
 	}
 	return answer{}, Errorf(Unavailable, "your rights are being changed at this moment")
@@ -109,11 +115,8 @@ func (b *Broker) once(ctx context.Context, p *Peer, want Want, e *Entry) (a answ
 	}
 	e.Rule, e.Audience, e.Scopes = a.decision.Rule, a.decision.Target.Audience, a.decision.Target.Scopes
 	e.Sub, e.Epoch = g.Key.Sub, g.Epoch
-	if a.token, e.Cached, err = b.obtain(ctx, g, a.decision, want); err != nil {
-		return a, err
-	}
-	e.Token, e.ExpiresAt = a.token.Print, &a.token.ExpiresAt
-	return a, nil
+	a.token, e.Cached, err = b.obtain(ctx, g, a.decision, want)
+	return a, err
 }
 
 // stands reports whether what a rests on is still so: the server runs as it was

@@ -382,3 +382,71 @@ func TestStoreThatHangsIsNoInternalError(t *testing.T) {
 		refused(t, err, broker.ErrUnavailable)
 	})
 }
+
+func TestRefusalNamesNoToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		r.token(r.running("alice", 100), broker.Want{})
+		other := r.second()
+		defer other.Close()
+		p := other.running("alice", 200)
+		var once sync.Once
+		r.store.Before(func(method string, k broker.Key) error {
+			if method == "Get" && k.Kind == "token" { // the other broker has matched, and looks for the token
+				once.Do(func() {
+					if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+						t.Errorf("Disconnect: %v", err)
+					}
+					time.Sleep(time.Second)
+				})
+			}
+			return nil
+		})
+		other.refused(p, broker.Want{}, broker.ErrRevoked)
+		if e := other.audit.entries(t, "token"); len(e) != 1 || e[0].Token != "" || e[0].ExpiresAt != nil {
+			t.Errorf("audit lines: %+v", e)
+		}
+	})
+}
+
+func TestServerThatIsUnregisteredMeanwhileGetsNoToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() {
+			if _, err := r.Unregister(context.Background(), "main", "alice", "", 0); err != nil {
+				t.Errorf("Unregister: %v", err)
+			}
+		}})
+		r.refused(p, broker.Want{}, broker.ErrUnknownPeer)
+	})
+}
+
+func TestTokenOfOlderRightsIsNotServed(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.provider.SetRoles("alice", "researcher", "guest")
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		first := r.token(p, broker.Want{})
+		time.Sleep(10 * time.Second)
+		r.provider.SetRoles("alice", "researcher")
+		if _, err := r.RefreshHub(context.Background(), "main", "keycloak", handle); err != nil {
+			t.Fatal(err)
+		}
+		if tok := r.token(p, broker.Want{}); tok.Access.Equal(first.Access) {
+			t.Error("a token from before the roles changed was served")
+		}
+	})
+}
+
+func TestTokenIsNotServedInTheSecondThatItsEndMayFallInto(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{})
+		time.Sleep(5*time.Minute - 500*time.Millisecond)
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.TryLater}})
+		r.refused(p, broker.Want{}, broker.ErrProviderDown)
+	})
+}

@@ -22,6 +22,7 @@ type Provider struct {
 	mu       sync.Mutex // guards all below
 	info     broker.ProviderInfo
 	life     time.Duration
+	idle     time.Duration       // 0: a session never ends by itself
 	sessions map[string]*session // by subject
 	roles    map[string][]string
 	calls    map[string]int
@@ -31,6 +32,7 @@ type Provider struct {
 
 type session struct {
 	refresh string
+	used    time.Time
 	spent   []string
 	access  []string
 }
@@ -65,6 +67,9 @@ func NewProvider(name broker.ProviderID, edit ...func(*broker.ProviderInfo)) *Pr
 
 // SetLife sets how long access tokens live from now on.
 func (p *Provider) SetLife(d time.Duration) { p.locked(func() { p.life = d }) }
+
+// SetIdle makes sessions end that are not refreshed for d.
+func (p *Provider) SetIdle(d time.Duration) { p.locked(func() { p.idle = d }) }
 
 // SetRoles sets the roles of a subject; they show with its next token.
 func (p *Provider) SetRoles(sub string, roles ...string) { p.locked(func() { p.roles[sub] = roles }) }
@@ -159,7 +164,7 @@ func (p *Provider) owner(refresh string) (string, bool) {
 			return "", false
 		}
 		if s.refresh == refresh {
-			return sub, true
+			return sub, p.idle == 0 || time.Since(s.used) <= p.idle
 		}
 	}
 	return "", false
@@ -203,7 +208,8 @@ func (p *Provider) issue(sub string) broker.Issued {
 	}
 	s.refresh = fmt.Sprintf("refresh-%s-%s", sub, rand.Text())
 	iss := p.access(sub, broker.Target{Scopes: []string{"all", "openid"}})
-	iss.RefreshToken = broker.NewSecret(s.refresh)
+	iss.RefreshToken, iss.RefreshExpiresIn = broker.NewSecret(s.refresh), p.idle
+	s.used = time.Now()
 	iss.IDToken = broker.NewSecret("id-" + sub)
 	return iss
 }

@@ -17,6 +17,8 @@
 //   - a role that is taken away ends nothing; the next token lacks it
 //   - a disabled account's refresh token is refused but not spent
 //
+// Config.KeepRefresh and Config.Grace make it as lenient as others are.
+//
 // Unlike Keycloak, an exchange can't add scopes that the login didn't ask for.
 package devidp
 
@@ -57,6 +59,11 @@ type Config struct {
 	AccessTTL  time.Duration // of access tokens; 0: 5 minutes
 	IDTokenTTL time.Duration // 0: 5 minutes
 	RefreshTTL time.Duration // of a refresh token that isn't used; 0: 8 hours
+
+	// A lenient provider: KeepRefresh never gives a new refresh token, and Grace
+	// is for how long a spent one may be used again. Neither: strict.
+	KeepRefresh bool
+	Grace       time.Duration
 
 	Log *slog.Logger // nil: none
 }

@@ -102,6 +102,43 @@ func TestARefreshTokenWorksOnceAndItsReuseEndsTheFamily(t *testing.T) {
 	}
 }
 
+func TestALenientProviderForgivesReuse(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		cfg     devidp.Config
+		rotates bool
+	}{
+		{"it keeps the refresh token", devidp.Config{KeepRefresh: true}, false},
+		{"a grace", devidp.Config{Grace: time.Hour}, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, issuer := start(t, tt.cfg)
+			first := login(t, s, issuer, "alice")["refresh_token"]
+			_, a := refresh(t, s, issuer, first)
+			if rotated := a["refresh_token"] != first; rotated != tt.rotates {
+				t.Errorf("another refresh token: %v, want %v", rotated, tt.rotates)
+			}
+			status, again := refresh(t, s, issuer, first)
+			if status != http.StatusOK {
+				t.Fatalf("the first one again: got %d %v", status, again)
+			}
+			for _, token := range []any{a["refresh_token"], again["refresh_token"]} {
+				if status, got := refresh(t, s, issuer, token); status != http.StatusOK {
+					t.Errorf("one that it brought: got %d %v", status, got)
+				}
+			}
+		})
+	}
+	t.Run("a grace that is over", func(t *testing.T) {
+		s, issuer := start(t, devidp.Config{Grace: time.Nanosecond})
+		first := login(t, s, issuer, "alice")["refresh_token"]
+		refresh(t, s, issuer, first)
+		if status, got := refresh(t, s, issuer, first); status != http.StatusBadRequest {
+			t.Errorf("got %d %v", status, got)
+		}
+	})
+}
+
 func TestIntrospectionShowsTheRolesOfNow(t *testing.T) {
 	s, issuer := start(t, devidp.Config{})
 	a := login(t, s, issuer, "alice")

@@ -53,6 +53,7 @@ type family struct {
 	*session
 	scopes  []string
 	current string
+	spent   map[string]time.Time // when each older one was first used
 	until   time.Time
 	reused  bool
 }
@@ -289,7 +290,7 @@ func (s *storage) CreateAccessAndRefreshTokens(_ context.Context, request op.Tok
 			return "", "", time.Time{}, oidc.ErrInvalidGrant().WithDescription("User disabled")
 		}
 		l.used = true
-		f = &family{session: l.session, scopes: slices.Clone(r.GetScopes())}
+		f = &family{session: l.session, scopes: slices.Clone(r.GetScopes()), spent: map[string]time.Time{}}
 	case *refreshing:
 		f = r.family
 		if err := s.spend(f, current); err != nil {
@@ -299,10 +300,28 @@ func (s *storage) CreateAccessAndRefreshTokens(_ context.Context, request op.Tok
 		return "", "", time.Time{}, oidc.ErrUnsupportedGrantType()
 	}
 	s.accessAudience(request, s.audiences(request.GetScopes()))
-	f.current, f.until = rand.Text(), time.Now().Add(s.cfg.RefreshTTL)
-	s.refresh[f.current] = f
+	s.rotate(f, current)
 	id, until := s.issue(&access{session: f.session, family: f, scopes: request.GetScopes()})
 	return id, f.current, until, nil
+}
+
+// rotate gives f its next refresh token, unless the one it has is kept.
+func (s *storage) rotate(f *family, used string) {
+	f.until = time.Now().Add(s.cfg.RefreshTTL)
+	if used != "" && s.cfg.KeepRefresh {
+		return
+	}
+	if _, again := f.spent[used]; used != "" && !again {
+		f.spent[used] = time.Now()
+	}
+	f.current = rand.Text()
+	s.refresh[f.current] = f
+}
+
+// inGrace says whether a refresh token that isn't the newest may be used.
+func (s *storage) inGrace(f *family, token string) bool {
+	first, spent := f.spent[token]
+	return !spent || time.Since(first) < s.cfg.Grace
 }
 
 // accessAudience sets the audience of the token that op makes next. op asks the
@@ -328,7 +347,7 @@ func (s *storage) spend(f *family, token string) error {
 		return refuse("Session doesn't have required client")
 	case f.user.disabled:
 		return refuse("User disabled") // and not spent: the account may come back
-	case token != f.current:
+	case token != f.current && !s.inGrace(f, token):
 		f.reused = true
 		return refuse("Maximum allowed refresh token reuse exceeded")
 	case time.Now().After(f.until):

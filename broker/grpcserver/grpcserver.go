@@ -63,6 +63,9 @@ func (e edge) server(desc grpc.ServiceDesc, service any) *grpc.Server {
 		grpc.MaxRecvMsgSize(maxMessage),
 		grpc.MaxHeaderListSize(16<<10),
 		grpc.MaxConcurrentStreams(32),
+		// Goroutines that live on keep the stacks that a request has made grow;
+		// one that waits for a provider holds up nobody.
+		grpc.NumStreamWorkers(uint32(runtime.GOMAXPROCS(0))),
 		// Thousands of containers keep a connection each and rarely use it.
 		grpc.ReadBufferSize(4<<10),
 		// A caller's credentials are those of its connect, so no connection is

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"go.uber.org/goleak"
 	"google.golang.org/grpc"
@@ -62,7 +63,7 @@ func newStack(t testing.TB, set setup) *stack {
 	check(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	s := &stack{
-		t: t, attestor: brokertest.NewAttestor(), audit: new(lines), log: new(lines), hub: dir + "/hub/hub.sock",
+		t: t, attestor: brokertest.NewAttestor(), audit: newLines(), log: newLines(), hub: dir + "/hub/hub.sock",
 		provider: brokertest.NewProvider("keycloak"),
 	}
 	if set.store == nil {
@@ -198,13 +199,19 @@ func (s *stack) raw(path, request string) string {
 
 // lines is a writer that remembers.
 type lines struct {
-	mu  sync.Mutex // guards buf
-	buf bytes.Buffer
+	mu    sync.Mutex // guards buf
+	buf   bytes.Buffer
+	begun chan struct{} // closed by the first Write
 }
+
+func newLines() *lines { return &lines{begun: make(chan struct{})} }
 
 func (l *lines) Write(b []byte) (int, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if l.buf.Len() == 0 {
+		close(l.begun)
+	}
 	return l.buf.Write(b)
 }
 
@@ -214,9 +221,14 @@ func (l *lines) String() string {
 	return l.buf.String()
 }
 
-// last is the newest line of the audit.
+// last is the newest line of the audit, once there is one.
 func (l *lines) last(t testing.TB) (e broker.Entry) {
 	t.Helper()
+	select {
+	case <-l.begun:
+	case <-time.After(10 * time.Second):
+		t.Fatal("nothing was written")
+	}
 	all := strings.Split(strings.TrimSpace(l.String()), "\n")
 	check(t, json.Unmarshal([]byte(all[len(all)-1]), &e))
 	return e

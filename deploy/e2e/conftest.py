@@ -31,7 +31,8 @@ def stack():
     if stack.settings and not keep:  # a run that was killed left it
         stack.down()
     if not stack.settings:
-        stack.up(hubs=(BROKER, OLD_WAY), token_life=TOKEN_LIFE, refresh_age=REFRESH_AGE)
+        race = bool(os.environ.get("RACE"))
+        stack.up(hubs=(BROKER, OLD_WAY), token_life=TOKEN_LIFE, refresh_age=REFRESH_AGE, race=race)
     yield stack
     if not keep:
         stack.down(keep_logs=True)
@@ -120,6 +121,9 @@ def unix_request(path, method, url, body=None):
         connection.close()
 
 
+CLIENT_GONE = 499  # status of a call whose client left while a fault delayed it
+
+
 class Faults:
     """The counting proxy in front of Keycloak."""
 
@@ -131,10 +135,11 @@ class Faults:
         assert status in (200, 204), answer
         return answer
 
-    def count(self, kind, user=None):
-        """How many calls of a kind have come in so far."""
-        calls = self._ask("GET", "/calls")["calls"] or []
-        return sum(c["kind"] == kind and (user is None or c.get("user") == user) for c in calls)
+    def count(self, kind, user=None, status=None):
+        """How many calls of a kind have come in so far, or were answered so."""
+        return sum(
+            c["kind"] == kind and user in (None, c.get("user")) and status in (None, c["status"])
+            for c in self._ask("GET", "/calls")["calls"] or [])
 
     def refresh_tokens(self):
         """{refresh token: whose}: all that ever passed."""

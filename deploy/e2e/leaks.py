@@ -121,9 +121,8 @@ class Search:
             for path in sorted((self.stack.dir / directory).rglob("*")):
                 if path.is_file():
                     self.look(f"file {path.relative_to(self.stack.dir)}", path.read_bytes())
-        for name in ("stack.json", "tokenbroker.yaml"):
-            if (self.stack.dir / name).exists():
-                self.look(f"file {name}", (self.stack.dir / name).read_bytes())
+        for name in ("stack.json", "tokenbroker.yaml", "redis.conf", "journal"):
+            self.look(f"file {name}", (self.stack.dir / name).read_bytes())
 
     def _database(self):
         for user, state in auth_states(self.stack, self.hub).items():

@@ -2,9 +2,6 @@
 
 import hashlib
 import io
-import os
-import shutil
-import subprocess
 import time
 import zipfile
 from pathlib import Path
@@ -15,7 +12,7 @@ from leaks import auth_states
 from people import Browser, Refused, claims
 from refstack.docker import inspect
 from refstack.process import wait_for
-from refstack.stack import BROKER, CHECKOUT, STATE
+from refstack.stack import BROKER, CHECKOUT, go_build
 
 
 def test_the_hub_holds_a_handle_and_no_refresh_token(stack, alice):
@@ -104,10 +101,7 @@ except tokenbroker.TokenBrokerError as e:
 @pytest.fixture(scope="session")
 def go_client(alice):
     """A Go program in alice's home that asks over gRPC."""
-    path = STATE / "bin/ask"
-    go = shutil.which("go") or "/usr/local/go/bin/go"
-    subprocess.run([go, "build", "-o", path, "./deploy/e2e/ask"], cwd=CHECKOUT, check=True,
-                   env={**os.environ, "CGO_ENABLED": "0"})
+    path = go_build("deploy/e2e/ask")
     alice.put_bytes("ask", path.read_bytes())
     alice.sh("chmod 755 ask")
     return "./ask"

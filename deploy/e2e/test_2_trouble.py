@@ -1,5 +1,6 @@
 """Tokens end, parts restart, the provider is slow or away: nobody is logged out, nothing is lost."""
 
+import signal
 import statistics
 import threading
 import time
@@ -7,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from conftest import CLIENT_GONE
 from leaks import auth_states
 from people import Browser, Refused, claims, wait_until_expired
 from refstack.docker import inspect
@@ -112,6 +114,34 @@ def test_a_restart_of_the_broker_costs_a_retry(stack, hub, alice, faults):
     assert alice.ask(STORAGE).status == 200
     assert alice.run("import os; print(os.stat('/run/tokenbroker').st_ino)") == inode
     assert faults.count(CODE) == codes
+
+
+def test_a_broker_killed_amid_a_refresh_loses_nothing(stack, alice, faults):
+    codes = faults.count(CODE)
+    wait_until_expired(alice.ask(STORAGE).token, hub_token(stack, "alice"))
+    before = faults.count(REFRESH, "alice")
+    faults.add(kind=REFRESH, user="alice", delay="60s")
+    alice.run("import subprocess; asking = subprocess.Popen(['access-token', '--audience', 'storage', '--wait=120s'],"
+              " stdout=subprocess.PIPE, text=True)")
+    wait_for("a refresh under way", lambda: faults.count(REFRESH, "alice") > before)
+    stack.processes["broker"].stop(signal.SIGKILL)
+    wait_for("the end of its call", lambda: faults.count(REFRESH, "alice", CLIENT_GONE))
+    faults.clear()
+    stack.start("broker")
+    # The lease of the dead one has to run out first.
+    assert alice.run("print(asking.communicate()[0])").startswith("eyJ")
+    assert faults.count(CODE) == codes
+
+
+def test_an_answer_lost_on_the_way_costs_a_login_at_a_strict_provider_and_no_restart(stack, hub, alice, faults):
+    container = inspect(alice.container)[0]["Id"]
+    wait_until_expired(alice.ask(STORAGE).token, hub_token(stack, "alice"))
+    faults.add(kind=REFRESH, user="alice", lose=True, times=1)
+    lost = wait_for("the end of the session", lambda: (a := alice.ask(STORAGE)).status == 409 and a, 60)
+    assert lost.code == "login_required" and lost.body["next"], lost
+    Browser().log_in(hub.url, "alice")
+    assert alice.ask(STORAGE).status == 200
+    assert inspect(alice.container)[0]["Id"] == container
 
 
 def test_a_restart_of_the_hub_changes_nothing_for_running_servers(stack, hub, alice, faults, admin):

@@ -23,9 +23,13 @@ type call struct {
 	// User is the preferred_username of the refresh token's owner; empty if the
 	// call carries none, or one whose owner has not been seen.
 	User string `json:"user,omitempty"`
-	// Status is what the client was answered; 0: not yet, or nothing.
+	// Status is what the client was answered; 0: not yet, or nothing; clientGone.
 	Status int `json:"status"`
 }
+
+// clientGone is the status of a call whose client left during a delay. The
+// provider never heard of it.
+const clientGone = 499
 
 // A proxy forwards to one provider, counts, remembers and makes trouble.
 type proxy struct {
@@ -65,7 +69,8 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	c, f := p.enter(r, form)
 	if f != nil && !f.wait(r.Context()) {
-		panic(http.ErrAbortHandler) // the client gave up meanwhile
+		p.leave(c, clientGone)
+		panic(http.ErrAbortHandler)
 	}
 	answer := &statusWriter{ResponseWriter: w}
 	switch {

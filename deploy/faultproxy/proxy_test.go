@@ -120,6 +120,21 @@ func (f *fixture) counts() map[string]int {
 	return got.Counts
 }
 
+// until waits for what the proxy says of its calls.
+func (f *fixture) until(condition func([]call) bool) {
+	f.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+		var got struct{ Calls []call }
+		f.get("/calls", &got)
+		if condition(got.Calls) {
+			return
+		}
+		if time.Now().After(deadline) {
+			f.t.Fatalf("calls: got %+v for ten seconds", got.Calls)
+		}
+	}
+}
+
 func TestCallsPassAndAreCountedByKind(t *testing.T) {
 	f := start(t)
 	if status, body, err := f.refresh("alice"); err != nil || status != 200 || !strings.Contains(body, jwt("alice", "new")) {
@@ -210,12 +225,34 @@ func TestClearingEndsADelay(t *testing.T) {
 		status, _, _ := f.refresh("alice")
 		done <- status
 	}()
-	for f.counts()["token/refresh_token"] == 0 {
-		time.Sleep(time.Millisecond) // until the call waits in the fault
-	}
+	f.until(func(calls []call) bool { return len(calls) == 1 })
 	f.clear()
 	if status := <-done; status != 200 {
 		t.Errorf("after clearing: got %d, want 200", status)
+	}
+}
+
+func TestAClientThatLeavesDuringADelayNeverReachesTheProvider(t *testing.T) {
+	f := start(t)
+	f.fault(`{"delay":"1h"}`)
+	ctx, cancel := context.WithCancel(context.Background())
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, f.front.URL+"/token", strings.NewReader("grant_type=refresh_token"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+	done := make(chan error)
+	go func() {
+		_, err := http.DefaultClient.Do(r)
+		done <- err
+	}()
+	f.until(func(calls []call) bool { return len(calls) == 1 })
+	cancel()
+	<-done
+	f.until(func(calls []call) bool { return calls[0].Status == clientGone })
+	f.clear()
+	if len(f.asked) != 0 {
+		t.Errorf("the provider was asked %d times, want 0", len(f.asked))
 	}
 }
 

@@ -72,6 +72,16 @@ def write(path, text, mode=0o600):
         f.write(text)
 
 
+def go_build(package, *options, static=True):
+    """Build one of our programs and return its path."""
+    go = shutil.which("go") or "/usr/local/go/bin/go"
+    program = STATE / "bin" / Path(package).name
+    program.parent.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "CGO_ENABLED": "0" if static else "1"}
+    subprocess.run([go, "build", *options, "-o", program, f"./{package}"], cwd=CHECKOUT, env=env, check=True)
+    return program
+
+
 class Stack:
     """One stack in one directory. Nothing runs before up()."""
 
@@ -86,13 +96,16 @@ class Stack:
 
     # -- up and down -------------------------------------------------------
 
-    def up(self, hubs=(BROKER,), token_life=60, refresh_age=30, image="image"):
-        """Start everything and return when it answers. image is one that deploy/setup made."""
+    def up(self, hubs=(BROKER,), token_life=60, refresh_age=30, image="image", race=False):
+        """Start everything and return when it answers.
+
+        image is one that deploy/setup made; race builds the broker with Go's race detector.
+        """
         if self.settings:
             raise RuntimeError(f"there is a stack in {self.link} already; take it down first")
         self._directory()
         try:
-            self._build()
+            self._build(race)
             self._choose(hubs, token_life, refresh_age, image)
             self._write_files()
             self._declare()
@@ -171,20 +184,15 @@ class Stack:
             self.link.unlink(missing_ok=True)
             self.link.symlink_to(tempfile.mkdtemp(prefix="tb-", dir="/var/tmp"))
         self.dir = self.link.resolve()
-        for name in ("run", "log", "secrets", "keys", "hubs/main", "servers", "redis", "env"):
+        for name in ("run", "log", "secrets", "keys", "hubs/main", "servers", "redis"):
             (self.dir / name).mkdir(parents=True, exist_ok=True, mode=0o700)
         self.dir.chmod(0o700)
 
-    def _build(self):
+    def _build(self, race):
         """Build our programs; the helper static, as it goes into any image."""
-        go = shutil.which("go") or "/usr/local/go/bin/go"
-        bin = STATE / "bin"
-        bin.mkdir(parents=True, exist_ok=True)
-        for program, static in (("cmd/tokenbroker", False), ("cmd/access-token", True), ("deploy/faultproxy", False)):
-            if (CHECKOUT / program).exists():
-                env = {**os.environ, **({"CGO_ENABLED": "0"} if static else {})}
-                subprocess.run([go, "build", "-o", bin / Path(program).name, f"./{program}"],
-                               cwd=CHECKOUT, env=env, check=True)
+        go_build("cmd/tokenbroker", *(["-race"] if race else []), static=not race)
+        go_build("cmd/access-token")
+        go_build("deploy/faultproxy")
 
     def _choose(self, hubs, token_life, refresh_age, image):
         name = "tb-" + hashlib.sha256(str(self.dir).encode()).hexdigest()[:8]
@@ -293,6 +301,7 @@ store: {{redis: {{socket: {d}/redis.sock}}}}
 keys: {{keyset: {d}/keys/keyset.json, kek_file: {d}/keys/kek}}
 admin: {{socket: {d}/admin.sock}}
 audit: {{file: {d}/log/audit.jsonl}}
+journal: {d}/journal
 helper: {STATE}/bin/access-token
 providers:
   keycloak:

@@ -47,6 +47,9 @@ class StandIn:
             daemon_threads = True
             request_queue_size = 128
 
+            def handle_error(self, request, client_address):
+                pass  # a hook that was cancelled has hung up
+
         self.server = Server(self.path, Handler)
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
         return self

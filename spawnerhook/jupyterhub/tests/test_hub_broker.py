@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 from hub_standin import FROZEN, Raw
-from tokenbroker_hub.broker import MAX_ANSWER, Broker, BrokerDown, Refused, say
+from tokenbroker_hub.broker import MAX_ANSWER, Broker, BrokerDown, Refused, say, within
 
 CLAIM = {"provider": "keycloak", "handle": "tbh_secret", "user": "alice"}
 
@@ -91,6 +91,45 @@ def test_a_cancelled_call_ends_at_once_and_closes_its_connection(broker):
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     asyncio.run(cancel())
+
+
+@pytest.mark.parametrize("turns", range(6))
+@pytest.mark.parametrize("error", [None, OSError("gone")])
+def test_a_cancellation_is_never_lost_to_an_answer_of_the_same_moment(turns, error):
+    async def race():
+        answer = asyncio.get_running_loop().create_future()
+
+        async def call():
+            return await answer
+
+        waiting = asyncio.create_task(within(60, call()))
+        for _ in range(4):
+            await asyncio.sleep(0)  # now it waits
+        answer.set_exception(error) if error else answer.set_result("answer")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        if waiting.cancel():
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+    asyncio.run(race())
+
+
+def test_what_is_waited_for_has_ended_when_the_time_is_over():
+    ended = []
+
+    async def slow():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async def wait():
+        with pytest.raises(asyncio.TimeoutError):
+            await within(0.01, slow())
+        assert ended == [True]
+
+    asyncio.run(wait())
 
 
 @pytest.mark.parametrize(

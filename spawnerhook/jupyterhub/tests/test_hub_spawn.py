@@ -135,6 +135,8 @@ def test_the_directory_is_the_hash_of_hub_user_and_server():
     text = b"4:main" + b"6:" + "Зоя".encode() + b"3:gpu"  # lengths in bytes
     want = "/servers/" + hashlib.sha256(text).hexdigest()[:32]
     assert server_directory("/servers", "main", "Зоя", "gpu") == want
+    # The same vector as in the tests of broker/peersocket.
+    assert server_directory("/s", "main", "alice", "") == "/s/7153f24f4ca7d0d82168b39f57b5f5ae"
     assert server_directory("/servers", "main", "a", "bc") != server_directory("/servers", "main", "ab", "c")
 
 

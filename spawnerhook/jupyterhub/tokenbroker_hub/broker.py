@@ -62,6 +62,26 @@ class Answer:
         return value
 
 
+async def within(seconds, coroutine):
+    """Waits for a coroutine, at most so long; then asyncio.TimeoutError.
+
+    Like asyncio.wait_for, which before Python 3.12 loses a cancellation that
+    comes just as the answer does: a hook would go on for a spawn that is over.
+    """
+    task = asyncio.ensure_future(coroutine)
+    try:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done():
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # somebody has to look, or asyncio logs it
+
+
 async def exchange(socket, path, content_type, body):
     """Sends one POST and reads the answer to its end.
 
@@ -102,8 +122,8 @@ class Broker:
         body = json.dumps(request).encode()
         call = exchange(self.socket, f"/v1/{method}", "application/json", body)
         try:
-            answer = await asyncio.wait_for(call, self.timeout)
-        except (asyncio.TimeoutError, TimeoutError):
+            answer = await within(self.timeout, call)
+        except asyncio.TimeoutError:
             raise BrokerDown(f"no answer to {method} within {self.timeout:g} s") from None
         except (OSError, ValueError) as e:
             raise BrokerDown(f"{method}: {e}") from None

@@ -4,12 +4,13 @@ A container gets two read-only mounts. A process gets the path of its socket in
 an environment variable. Neither gets a secret.
 """
 
-import asyncio
 import hashlib
 import inspect
 import os
 import posixpath
 import pwd
+
+from .broker import within
 
 MOUNT = "/run/tokenbroker"
 HELPER = "/usr/local/bin/access-token"
@@ -104,7 +105,7 @@ class Process:
 
 async def _docker(spawner, call):
     try:
-        return await asyncio.wait_for(call, DOCKER_SECONDS)
+        return await within(DOCKER_SECONDS, call)
     except Exception as e:
         spawner.log.error("looking at container %s: %r", spawner.object_name, e)
         raise Unfit(

@@ -21,7 +21,7 @@ import socket
 import threading
 import urllib.parse
 
-from .broker import exchange
+from .broker import exchange, within
 
 CONNECTIONS = 64
 REQUEST_SECONDS = 5
@@ -95,10 +95,10 @@ class Relay:
         try:
             if self._open > CONNECTIONS:
                 raise _Reject(503, "temporarily_unavailable", "too many requests at once")
-            form = await asyncio.wait_for(self._read_request(reader), REQUEST_SECONDS)
+            form = await within(REQUEST_SECONDS, self._read_request(reader))
         except _Reject as e:
             return e.answer
-        except (asyncio.TimeoutError, TimeoutError):
+        except asyncio.TimeoutError:
             return _answer(408, "invalid_request", "the request did not arrive in time")
         except asyncio.IncompleteReadError:
             return _answer(400, "invalid_request", "the request ended early")
@@ -132,9 +132,9 @@ class Relay:
         body = urllib.parse.urlencode(form).encode()
         try:
             call = exchange(self.socket_path, self.path, FORM, body)
-            answer = await asyncio.wait_for(call, BROKER_SECONDS)
+            answer = await within(BROKER_SECONDS, call)
             answer.json()  # an answer that was cut off is no answer
-        except (OSError, ValueError, asyncio.TimeoutError, TimeoutError) as e:
+        except (OSError, ValueError, asyncio.TimeoutError) as e:
             log.error("token broker at %s: %s", self.socket_path, _why(e))
             return _down(form)
         return answer.raw
@@ -146,8 +146,8 @@ async def _close(reader, writer):
     try:
         if writer.can_write_eof():
             writer.write_eof()
-        await asyncio.wait_for(_discard(reader), LINGER_SECONDS)
-    except (OSError, asyncio.TimeoutError, TimeoutError):
+        await within(LINGER_SECONDS, _discard(reader))
+    except (OSError, asyncio.TimeoutError):
         pass
     finally:
         writer.close()

@@ -1,0 +1,93 @@
+package broker
+
+import (
+	"context"
+	"hash/fnv"
+	"time"
+)
+
+// A provider ends a session that nobody uses (Keycloak: after 30 minutes), and a
+// computation that runs for hours asks for no token. So a grant whose user has a
+// running server here is refreshed before its refresh token would end. What can't
+// be moved by that, the session's maximum, shows as an Expires that no longer
+// moves.
+const (
+	keepAliveEvery = time.Minute
+	// keepAliveSoonest is the least life of a refresh token that is kept alive:
+	// below it the refreshes would be more than the session is worth.
+	keepAliveSoonest = 2 * keepAliveEvery
+	// keepAliveAtOnce bounds what one broker sends a provider for this.
+	keepAliveAtOnce = 4
+)
+
+// keepAlive works until the broker closes.
+func (b *Broker) keepAlive() {
+	tick := time.NewTicker(keepAliveEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-b.closing:
+			return
+		case <-tick.C:
+			b.keepAll(context.Background())
+		}
+	}
+}
+
+// keepAll refreshes what is due, a few at a time.
+func (b *Broker) keepAll(ctx context.Context) {
+	slots := make(chan struct{}, keepAliveAtOnce)
+	for k := range b.usersHere() {
+		v, err := b.match(ctx, k.hub, k.user)
+		if err != nil {
+			b.cfg.Log.Warn("sessions can't be kept alive at the moment", "err", err)
+			return
+		}
+		for _, g := range v.grants {
+			due := g.keepAt()
+			if g.State != Live || due.IsZero() || due.After(b.pulse.now()) {
+				continue
+			}
+			slots <- struct{}{}
+			b.work.Go(func() {
+				defer func() { <-slots }()
+				b.keepOne(ctx, g, due)
+			})
+		}
+	}
+}
+
+// usersHere are those whose servers run on this host.
+func (b *Broker) usersHere() map[userKey]bool {
+	users := make(map[userKey]bool)
+	for _, s := range b.servers.list() {
+		if s.State == Bound {
+			users[userKey{s.Key.Hub, s.Key.User}] = true
+		}
+	}
+	return users
+}
+
+// keepOne refreshes g unless somebody has done so since it became due. What
+// comes of it is in the grant; the log has what went wrong.
+func (b *Broker) keepOne(ctx context.Context, g Grant, due time.Time) {
+	_, err := b.whole(ctx, g.Key, func(t *cachedToken) bool { return t.Epoch == g.Epoch && !t.IssuedAt.Before(due) })
+	if err != nil {
+		b.cfg.Log.Warn("a session could not be kept alive", "grant", g.Key, "until", g.Expires, "err", err)
+	}
+}
+
+// keepAt is when g should be refreshed although nobody asks; zero: never. It
+// lies between a half and three quarters of the refresh token's life, for each
+// grant at another point, so that grants that were made at once do not come due
+// at once.
+func (g *Grant) keepAt() time.Time {
+	life := g.Expires.Sub(g.RefreshedAt)
+	if g.Expires.IsZero() || life < keepAliveSoonest {
+		return time.Time{}
+	}
+	h := fnv.New32a()
+	h.Write([]byte(g.Key.String()))
+	spread := time.Duration(h.Sum32()%1000) * (life / 4) / 1000
+	return g.RefreshedAt.Add(life/2 + spread)
+}

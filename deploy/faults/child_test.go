@@ -1,0 +1,244 @@
+//go:build failpoints && linux
+
+package faults_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http/httptrace"
+	"net/rpc"
+	"os"
+	"path/filepath"
+	"sync"
+	"syscall"
+	"time"
+
+	"tokenbroker/broker"
+	"tokenbroker/broker/brokertest"
+	"tokenbroker/broker/oauthprovider"
+	"tokenbroker/broker/redisstore"
+	"tokenbroker/broker/seal"
+)
+
+// envChild holds a setup, and makes the test's binary a broker.
+const envChild = "FAULTS_CHILD"
+
+// A setup is what a broker process is told.
+type setup struct {
+	Host    string
+	Dir     string // keyset, KEK and journals
+	Redis   string // socket
+	Issuer  string
+	Secret  string
+	Common  bool          // refresh the common way; see control_test.go
+	Timeout time.Duration // of a call to the provider; 0: the usual
+}
+
+// A Call is what the test asks of a broker.
+type Call struct {
+	User           string
+	Code, Verifier string        // of a login
+	Scopes         []string      // of a token
+	Patience       time.Duration // the caller hangs up then; 0: never
+	Step           string        // to kill or stop at
+	Stop           bool
+}
+
+// A Reply is what a caller was told.
+type Reply struct {
+	Code     string // of the error; empty: it worked
+	Sentence string
+}
+
+// A Service is the door of a broker process.
+type Service struct{ s system }
+
+// A system keeps refresh tokens: ours, and how it is commonly done.
+type system interface {
+	login(ctx context.Context, c Call) error
+	token(ctx context.Context, c Call) error
+}
+
+// child is the main function of a broker process: it answers calls on its
+// standard input until that ends.
+func child() {
+	s, err := open()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "broker process:", err)
+		os.Exit(1)
+	}
+	server := rpc.NewServer()
+	if err := server.Register(&Service{s}); err != nil {
+		panic(err)
+	}
+	server.ServeConn(struct {
+		io.Reader
+		io.WriteCloser
+	}{os.Stdin, os.Stdout})
+}
+
+// Ready answers when the process has started.
+func (*Service) Ready(Call, *Reply) error { return nil }
+
+// Arm makes the process kill or stop itself at a step.
+func (*Service) Arm(c Call, _ *Reply) error {
+	if c.Stop {
+		return os.Setenv("TOKENBROKER_STOP", c.Step)
+	}
+	return os.Setenv("TOKENBROKER_KILL", c.Step)
+}
+
+// Login logs the user in.
+func (s *Service) Login(c Call, r *Reply) error {
+	return r.of(s.s.login(context.Background(), c))
+}
+
+// Token gets the user's container a token.
+func (s *Service) Token(c Call, r *Reply) error {
+	ctx := context.Background()
+	if c.Patience > 0 {
+		var hangUp context.CancelFunc
+		ctx, hangUp = context.WithTimeout(ctx, c.Patience)
+		defer hangUp()
+	}
+	return r.of(s.s.token(ctx, c))
+}
+
+func (r *Reply) of(err error) error {
+	var said *broker.Error
+	switch {
+	case err == nil:
+	case errors.As(err, &said):
+		r.Code, r.Sentence = string(said.Code), said.Sentence
+	default:
+		r.Code, r.Sentence = string(broker.Internal), err.Error()
+	}
+	return nil
+}
+
+// open makes the system that the environment describes.
+func open() (system, error) {
+	var c setup
+	if err := json.Unmarshal([]byte(os.Getenv(envChild)), &c); err != nil {
+		return nil, err
+	}
+	p, err := oauthprovider.New(oauthprovider.Config{
+		Name: "idp", Profile: "keycloak", Issuer: c.Issuer, ClientID: "jupyterhub", ClientSecret: broker.NewSecret(c.Secret),
+		Narrowing: broker.ByScope, Roles: []string{"roles"}, Timeout: c.Timeout,
+	})
+	if err != nil {
+		return nil, err
+	}
+	if c.Common {
+		return newCommon(c, p), nil
+	}
+	return newOurs(c, traced{p})
+}
+
+// ours is a Broker.
+type ours struct {
+	*broker.Broker
+	mu     sync.Mutex                 // guards served
+	served map[string]*sync.WaitGroup // users whose servers run here
+}
+
+func newOurs(c setup, p broker.Provider) (*ours, error) {
+	keys, err := seal.Load(filepath.Join(c.Dir, "keyset"), filepath.Join(c.Dir, "kek"))
+	if err != nil {
+		return nil, err
+	}
+	store, err := redisstore.Open(redisstore.Config{Deployment: "faults", Socket: c.Redis})
+	if err != nil {
+		return nil, err
+	}
+	log, err := os.OpenFile(filepath.Join(c.Dir, c.Host+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	b, err := broker.New(broker.Config{
+		Deployment: "faults", Host: broker.HostID(c.Host), Contact: "nobody",
+		Hubs: map[broker.HubID]broker.Hub{"hub": {Login: "idp"}}, Providers: []broker.Provider{p},
+		Rules: []broker.Rule{{Provider: "idp", Roles: []string{"researcher"}, Scopes: scopes}},
+		Store: store, Keys: keys, Attestor: anybody{}, Sockets: brokertest.NewSockets(),
+		Audit: io.Discard, Log: slog.New(slog.NewTextHandler(log, nil)), Journal: filepath.Join(c.Dir, c.Host+".journal"),
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &ours{Broker: b, served: map[string]*sync.WaitGroup{}}, b.Start(context.Background())
+}
+
+func (o *ours) login(ctx context.Context, c Call) error {
+	t, err := o.Login(ctx, "hub", "idp", broker.CodeGrant{
+		Code: broker.NewSecret(c.Code), Verifier: broker.NewSecret(c.Verifier), RedirectURI: redirect,
+	})
+	if err != nil {
+		return err
+	}
+	_, err = o.Claim(ctx, "hub", "idp", t.Handle, broker.UserID(c.User))
+	return err
+}
+
+func (o *ours) token(ctx context.Context, c Call) error {
+	if err := o.serve(c.User); err != nil {
+		return err
+	}
+	peer := &broker.Peer{Server: broker.ServerKey{Hub: "hub", User: broker.UserID(c.User)}, PID: 1}
+	_, err := o.Token(ctx, peer, broker.Want{Scopes: c.Scopes})
+	return err
+}
+
+// serve starts the user's server here, once.
+func (o *ours) serve(user string) error {
+	o.mu.Lock()
+	started, ok := o.served[user]
+	if !ok {
+		started = new(sync.WaitGroup)
+		started.Add(1)
+		o.served[user] = started
+	}
+	o.mu.Unlock()
+	if ok {
+		started.Wait()
+		return nil
+	}
+	defer started.Done()
+	_, err := o.Register(context.Background(), "hub", broker.RegisterRequest{User: broker.UserID(user), ContainerName: "jupyter-" + user})
+	return err
+}
+
+// anybody is an Attestor that finds every container running: who calls is not
+// what is proved here.
+type anybody struct{}
+
+func (anybody) Bind(_ context.Context, r broker.Registration) (*broker.Workload, error) {
+	return &broker.Workload{Container: r.ContainerName, Name: r.ContainerName, PID: 1, Level: "proc"}, nil
+}
+func (anybody) Attest(*broker.Peer, *broker.Workload) error     { return nil }
+func (anybody) Alive(*broker.Peer) error                        { return nil }
+func (anybody) Watch(ctx context.Context, _ func(string)) error { <-ctx.Done(); return ctx.Err() }
+func (anybody) Check(context.Context) (string, error)           { return "proc", nil }
+
+// traced is a Provider in whose requests the process can be killed.
+type traced struct{ broker.Provider }
+
+func (p traced) Refresh(ctx context.Context, refresh broker.Secret, sub string, scopes []string) (broker.Identity, broker.Issued, error) {
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn:              func(httptrace.GotConnInfo) { dieAt("connected") },
+		WroteRequest:         func(httptrace.WroteRequestInfo) { dieAt("request written") },
+		GotFirstResponseByte: func() { dieAt("answer begins") },
+	})
+	return p.Provider.Refresh(ctx, refresh, sub, scopes)
+}
+
+// dieAt is a failpoint of the broker's, for the steps inside its HTTP client.
+func dieAt(step string) {
+	if os.Getenv("TOKENBROKER_KILL") == step {
+		syscall.Kill(os.Getpid(), syscall.SIGKILL)
+		select {}
+	}
+}

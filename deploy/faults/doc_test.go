@@ -1,0 +1,45 @@
+// Package faults proves that the broker never loses a grant: real broker
+// processes on a real redis-server, with real journals, against a provider that
+// takes a second use of a refresh token for theft, are killed, frozen, hung up on
+// and overrun.
+//
+//	go test -tags failpoints ./deploy/faults                                            the short form, a minute
+//	go test -tags failpoints -count=1 -v -timeout 2h ./deploy/faults -args -long        the long form; prints a table
+//
+// It needs redis-server 7. The brokers are this test's own binary, started again
+// (child_test.go); the provider is broker/devidp, served by the test itself.
+//
+//	kill_test.go     SIGKILL at each step of a refresh, over three kinds of provider
+//	pause_test.go    SIGSTOP of a broker past its lease, then SIGCONT
+//	storm_test.go    many callers on two and three brokers, and callers who hang up
+//	control_test.go  how it is commonly done, in a few lines, and what it loses here
+//
+// Every kill test is of a process, not of a machine: what was written to a file
+// but not yet synced survives it.
+package faults_test
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+// The steps at which a broker can be killed are compiled in only where somebody
+// asks for it.
+func TestNormalBuildsHaveNoFailpoints(t *testing.T) {
+	for tags, want := range map[string]string{"": "failpoint.go", "failpoints": "failpoint_on.go"} {
+		out, err := exec.Command("go", "list", "-tags", tags, "-f", `{{join .GoFiles "\n"}}`, "tokenbroker/broker").Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for name := range strings.Lines(string(out)) {
+			if strings.HasPrefix(name, "failpoint") {
+				got = append(got, strings.TrimSpace(name))
+			}
+		}
+		if len(got) != 1 || got[0] != want {
+			t.Errorf("with the tags %q, broker is built of %v, want %s", tags, got, want)
+		}
+	}
+}

@@ -1,0 +1,209 @@
+//go:build failpoints && linux
+
+package faults_test
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/rpc"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"tokenbroker/broker"
+	"tokenbroker/broker/brokertest"
+	"tokenbroker/broker/devidp"
+	"tokenbroker/broker/seal"
+)
+
+const redirect = "http://127.0.0.1:8000/hub/oauth_callback"
+
+// A world is one deployment: a redis-server, a provider and broker processes.
+type world struct {
+	t       *testing.T
+	idp     *idp
+	setup   setup
+	hurry   int // the lease is this many times shorter; 0: as it is
+	brokers []*process
+}
+
+// newWorld starts n broker processes. Each of edit alters what they are told.
+func newWorld(t *testing.T, kind string, n int, edit ...func(*world)) *world {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "faults-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := seal.Create(filepath.Join(dir, "keyset"), filepath.Join(dir, "kek")); err != nil {
+		t.Fatal(err)
+	}
+	w := &world{t: t, idp: startIDP(t, kind)}
+	_, secret := w.idp.Client()
+	w.setup = setup{Dir: dir, Redis: brokertest.StartRedis(t).Socket, Issuer: w.idp.url, Secret: secret.Reveal()}
+	for _, e := range edit {
+		e(w)
+	}
+	for i := range n {
+		w.brokers = append(w.brokers, &process{w: w, host: fmt.Sprintf("host%d", i+1)})
+		w.brokers[i].start()
+	}
+	t.Cleanup(func() {
+		for _, p := range w.brokers {
+			p.end()
+		}
+		if t.Failed() {
+			w.tell()
+		}
+	})
+	return w
+}
+
+// commonly makes the processes refresh the common way.
+func commonly(w *world) { w.setup.Common = true }
+
+// hurried makes the lease, and all that must fit into it, 15 times shorter.
+func hurried(w *world) { w.hurry, w.setup.Timeout = 15, 2*time.Second }
+
+// tell shows what the brokers logged last.
+func (w *world) tell() {
+	for _, p := range w.brokers {
+		text, _ := os.ReadFile(filepath.Join(w.setup.Dir, p.host+".log"))
+		w.t.Logf("%s:\n%s", p.host, text[max(0, len(text)-4000):])
+	}
+}
+
+// login gives user a new session, through the first broker.
+func (w *world) login(user string) {
+	w.t.Helper()
+	code, verifier, err := devidp.CodeFor(context.Background(), w.idp.url, "jupyterhub", redirect, user, append([]string{"openid"}, scopes...)...)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	if r, err := w.brokers[0].call("Login", Call{User: user, Code: code, Verifier: verifier}); err != nil || r.Code != "" {
+		w.t.Fatalf("log %s in: %+v, %v", user, r, err)
+	}
+	for _, b := range w.brokers {
+		w.knows(b, user)
+	}
+}
+
+// knows waits until b gives user a token: for 250 ms a broker goes by what it has
+// read before the login.
+func (w *world) knows(b *process, user string) {
+	w.t.Helper()
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		r, err := b.call("Token", Call{User: user, Scopes: scopes})
+		switch {
+		case err == nil && r.Code == "":
+			return
+		case err != nil || time.Now().After(deadline):
+			w.t.Fatalf("%s gives %s no token after the login: %+v, %v", b.host, user, r, err)
+		}
+	}
+}
+
+// A process is one broker process.
+type process struct {
+	w    *world
+	host string
+	cmd  *exec.Cmd
+	rpc  *rpc.Client
+}
+
+func (p *process) start() {
+	t := p.w.t
+	t.Helper()
+	c := p.w.setup
+	c.Host = p.host
+	text, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.cmd = exec.Command(os.Args[0])
+	p.cmd.Env = append(os.Environ(), envChild+"="+string(text), fmt.Sprintf("TOKENBROKER_HURRY=%d", p.w.hurry))
+	p.cmd.Stderr = os.Stderr
+	in, err := p.cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := p.cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p.rpc = rpc.NewClient(struct {
+		io.Reader
+		io.WriteCloser
+	}{out, in})
+	if _, err := p.call("Ready", Call{}); err != nil {
+		t.Fatalf("%s did not start: %v", p.host, err)
+	}
+}
+
+// call asks the process; an error says that it died.
+func (p *process) call(method string, c Call) (r Reply, err error) {
+	err = p.rpc.Call("Service."+method, c, &r)
+	return r, err
+}
+
+func (p *process) signal(s os.Signal) {
+	p.w.t.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		p.w.t.Fatal(err)
+	}
+}
+
+// end kills the process, if it lives.
+func (p *process) end() {
+	p.cmd.Process.Kill()
+	p.rpc.Close()
+	p.cmd.Wait()
+}
+
+// killed waits for the process to die of a SIGKILL of its own.
+func (p *process) killed() {
+	p.w.t.Helper()
+	p.rpc.Close()
+	p.cmd.Wait()
+	if s, ok := p.cmd.ProcessState.Sys().(syscall.WaitStatus); !ok || s.Signal() != syscall.SIGKILL {
+		p.w.t.Fatalf("%s ended by itself: %s", p.host, p.cmd.ProcessState)
+	}
+}
+
+// stop stops the process, and returns when it stands.
+func (p *process) stop() {
+	p.cmd.Process.Signal(syscall.SIGSTOP)
+	p.stopped()
+}
+
+// stopped waits until the process is stopped.
+func (p *process) stopped() {
+	p.w.t.Helper()
+	deadline := time.Now().Add(30 * time.Second)
+	for time.Now().Before(deadline) {
+		text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
+		if err != nil {
+			p.w.t.Error(err)
+			return
+		}
+		if _, after, _ := strings.Cut(string(text), ") "); strings.HasPrefix(after, "T") {
+			return
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	p.w.t.Errorf("%s never stopped", p.host)
+}
+
+// lost says whether the reply means that the user has to log in again, and
+// reported whether it was said that an answer got lost.
+func (r Reply) lost() bool     { return r.Code == string(broker.LoginRequired) }
+func (r Reply) reported() bool { return r.lost() && strings.Contains(r.Sentence, "lost_response") }
