@@ -3,6 +3,7 @@ package redisstore_test
 import (
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -189,10 +190,11 @@ func clusterMove(t *testing.T, set *brokertest.RedisSet) {
 	}
 	k, name := broker.Key{Kind: "test"}, "tokenbroker:moving:record:test:"
 	var slot string
-	for i := 0; ; i++ { // a key of ours that is of the first master
+	for i := 0; ; i++ { // a key of ours that is of the first master, alone in its slot
 		k.Parts = []string{fmt.Sprint(i)}
 		slot = do(from, "CLUSTER", "KEYSLOT", name+k.Parts[0])
-		if len(slot) < 5 && slot < "5" {
+		n, err := strconv.Atoi(slot)
+		if err == nil && n < 16384/3 && do(from, "CLUSTER", "COUNTKEYSINSLOT", slot) == "0" {
 			break
 		}
 	}
