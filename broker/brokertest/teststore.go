@@ -322,7 +322,7 @@ func testKeys(t *testing.T, s broker.Store) {
 func testRecords(t *testing.T, s broker.Store) {
 	want := make(map[string]bool)
 	keys := append(oddKeys(), key("b"))
-	for i := range 3000 { // more than come at once
+	for i := range 1200 { // more than come at once
 		keys = append(keys, key(fmt.Sprint(i)))
 	}
 	for _, k := range keys {
