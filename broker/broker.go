@@ -158,6 +158,8 @@ func (b *Broker) Start(ctx context.Context) error {
 	if err := b.restore(ctx); err != nil {
 		return err
 	}
+	keys := b.cfg.Keys.Keys()
+	b.say(ctx, keys, primaries(keys)) // before anything is sealed for somebody
 	watch, stop := context.WithCancel(context.WithoutCancel(ctx))
 	b.stop = stop
 	b.work.Go(func() {
@@ -167,6 +169,7 @@ func (b *Broker) Start(ctx context.Context) error {
 	})
 	b.work.Go(b.settle)
 	b.work.Go(b.keepAlive)
+	b.work.Go(func() { b.attend(keys) })
 	b.hint("")
 	return nil
 }

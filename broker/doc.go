@@ -14,6 +14,8 @@
 //	            heal.go      a store that fell back is put right from journal.go
 //	disconnect  revoke.go    epoch and tombstone up, then the revision
 //
+// Keys that seal the records are changed by keys.go, while brokers run.
+//
 // Decisions are in policy.go, what is said to callers in error.go, what is
 // written down in audit.go. The four interfaces are Store, Attestor, Provider
 // and Sockets; their comments are their contracts.
@@ -40,5 +42,6 @@
 //	store, link          hub, user → subject per provider        for ever                       another subject inherits it
 //	store, registration  hub, host, user, server → Registration  Unregister                     another host acts on it
 //	store, token         as memory                               expiry                         as memory
+//	store, broker        host → the keys its broker has           for ever                       a key is retired that it needs
 //	store, revision      one number                              for ever                       it ever falls
 package broker

@@ -340,7 +340,11 @@ func (b *Broker) deleteRegistration(ctx context.Context, k ServerKey) error {
 	case err != nil:
 		return err
 	default:
-		if err := b.cfg.Store.Delete(ctx, rk, was); err != nil && !errors.Is(err, ErrStale) {
+		err := b.cfg.Store.Delete(ctx, rk, was)
+		if errors.Is(err, ErrStale) { // it changed, or was only sealed anew
+			return b.deleteRegistration(ctx, k)
+		}
+		if err != nil {
 			return storeError(err, rk)
 		}
 	}

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"math"
 	"time"
 )
 
@@ -23,7 +24,8 @@ type Store interface {
 	// Put stores box at k as revision was+1, if the record there still has
 	// revision was; 0 means that there is none. Otherwise it changes nothing
 	// and returns ErrStale. A positive life lets the store drop the record
-	// after it; correctness never relies on that.
+	// after it, and KeepLife when it would have dropped the one before;
+	// correctness never relies on that.
 	Put(ctx context.Context, k Key, was int64, box []byte, life time.Duration) error
 
 	// Delete removes the record at k if it still has revision was, and returns
@@ -36,6 +38,12 @@ type Store interface {
 	Add(ctx context.Context, k Key, member string) error
 	Remove(ctx context.Context, k Key, member string) error
 	Members(ctx context.Context, k Key) ([]string, error)
+
+	// Records calls f with the key of each record that is there from the call to
+	// the return, perhaps twice, and of some that come or go meanwhile. It stops
+	// at f's error and returns it. It takes long: it is for the administrator's
+	// work on all records, and no request waits for it.
+	Records(ctx context.Context, f func(Key) error) error
 
 	// Move raises the deployment's revision to the larger of its value plus one
 	// and the store's time in microseconds, so that a fail-over to an older
@@ -57,6 +65,9 @@ type Store interface {
 	// sentence for the administrator.
 	Check(ctx context.Context) error
 }
+
+// KeepLife is the life of a record that changes nothing about when it ends.
+const KeepLife time.Duration = math.MinInt64
 
 // A Key says where a record or set lies: its kind and the parts that name it.
 // Parts may hold any bytes; a Store encodes them without loss.

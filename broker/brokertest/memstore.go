@@ -39,8 +39,8 @@ type memRecord struct {
 }
 
 // A Hook is called with the name of a method ("Get", "Put", "Delete", "Add",
-// "Remove", "Members", "Move", "Pulse", "Check") and its key, if it has one. It
-// may wait, and may call the store. If it returns an error, so does the method.
+// "Remove", "Members", "Records", "Move", "Pulse", "Settle", "Check") and its
+// key, if it has one. It may wait, and may call the store. If it returns an error, so does the method.
 type Hook func(method string, k broker.Key) error
 
 // NewMemStore returns an empty store.
@@ -179,8 +179,11 @@ func (s *MemStore) Put(ctx context.Context, k broker.Key, was int64, box []byte,
 			Record: broker.Record{Revision: was + 1, Box: bytes.Clone(box)},
 			key:    broker.Key{Kind: k.Kind, Parts: slices.Clone(k.Parts)},
 		}
-		if life > 0 {
+		switch {
+		case life > 0:
 			r.end = s.now().Add(life)
+		case life == broker.KeepLife:
+			r.end = found.end
 		}
 		s.records[encode(k)] = r
 		return nil
@@ -231,6 +234,29 @@ func (s *MemStore) Members(ctx context.Context, k broker.Key) ([]string, error) 
 		return nil, err
 	}
 	return members, nil
+}
+
+// Records implements broker.Store.
+func (s *MemStore) Records(ctx context.Context, f func(broker.Key) error) error {
+	var all []broker.Key
+	err := s.do(ctx, "Records", broker.Key{}, func() error {
+		now := s.now()
+		for _, r := range s.records {
+			if !r.ended(now) {
+				all = append(all, r.key)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	for _, k := range all {
+		if err := f(k); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Move implements broker.Store.

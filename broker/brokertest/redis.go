@@ -16,10 +16,12 @@ import (
 // A Redis is a real redis-server of the test's own.
 type Redis struct {
 	Socket string // in a directory that only we may open
+	Addr   string // host:port, of those that StartSentinels and StartCluster start
 	Dir    string // configuration, append-only file, log
 
 	t       testing.TB
 	process *exec.Cmd
+	args    []string // of redis-server, beside the configuration
 }
 
 // StartRedis starts a redis-server on a Unix socket, as a careful administrator
@@ -28,6 +30,11 @@ type Redis struct {
 //
 // Without redis-server the test is skipped on a laptop, and fails in CI.
 func StartRedis(t testing.TB, settings ...string) *Redis {
+	t.Helper()
+	return startRedis(t, settings)
+}
+
+func startRedis(t testing.TB, settings []string, args ...string) *Redis {
 	t.Helper()
 	if _, err := exec.LookPath("redis-server"); err != nil {
 		if os.Getenv("CI") != "" {
@@ -42,7 +49,7 @@ func StartRedis(t testing.TB, settings ...string) *Redis {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 
-	r := &Redis{Socket: filepath.Join(dir, "redis.sock"), Dir: dir, t: t}
+	r := &Redis{Socket: filepath.Join(dir, "redis.sock"), Dir: dir, t: t, args: args}
 	conf := append([]string{
 		"port 0", "unixsocket " + r.Socket, "unixsocketperm 700", "dir " + dir, "logfile " + filepath.Join(dir, "log"),
 		"daemonize no", `save ""`, "appendonly yes",
@@ -58,7 +65,7 @@ func StartRedis(t testing.TB, settings ...string) *Redis {
 // Start starts the server (again) and returns when it answers.
 func (r *Redis) Start() {
 	r.t.Helper()
-	r.process = exec.Command("redis-server", filepath.Join(r.Dir, "redis.conf"))
+	r.process = exec.Command("redis-server", append([]string{filepath.Join(r.Dir, "redis.conf")}, r.args...)...)
 	if err := r.process.Start(); err != nil {
 		r.t.Fatal(err)
 	}

@@ -33,7 +33,9 @@ func TestStore(t *testing.T, open func(t *testing.T) broker.Store) {
 		{"a box may hold any bytes", testBoxes},
 		{"a box belongs to its caller", testOwnership},
 		{"a record lives as long as its last put says", testLife},
+		{"a put may leave a record's end where it is", testKeepLife},
 		{"keys with any parts never meet", testKeys},
+		{"all records can be listed, by any keys", testRecords},
 		{"sets", testSets},
 		{"sets with any keys and members never meet", testSetKeys},
 		{"of concurrent puts exactly one wins", testConcurrentPuts},
@@ -203,6 +205,18 @@ func testLife(t *testing.T, s broker.Store) {
 	holds(t, s, short, 1, "anew")
 }
 
+// testKeepLife waits for the end of a record that was put again.
+func testKeepLife(t *testing.T, s broker.Store) {
+	life := 200 * time.Millisecond
+	for !renewed(t, s, key("short"), life, broker.KeepLife) {
+		life *= 2
+	}
+	put(t, s, key("for ever"), 0, "x", broker.KeepLife)
+	put(t, s, key("for ever"), 1, "second", broker.KeepLife)
+	ended(t, s, key("short"))
+	holds(t, s, key("for ever"), 2, "second")
+}
+
 // renewed puts a record with a life and again with another one, and reports
 // whether it was still there then.
 func renewed(t *testing.T, s broker.Store, k broker.Key, life, then time.Duration) bool {
@@ -302,6 +316,35 @@ func testKeys(t *testing.T, s broker.Store) {
 	}
 	for i, k := range keys {
 		holds(t, s, k, int64(i%2), fmt.Sprint(i))
+	}
+}
+
+func testRecords(t *testing.T, s broker.Store) {
+	want := make(map[string]bool)
+	keys := append(oddKeys(), key("b"))
+	for i := range 1200 { // more than come at once
+		keys = append(keys, key(fmt.Sprint(i)))
+	}
+	for _, k := range keys {
+		put(t, s, k, 0, "x", 0)
+		want[fmt.Sprintf("%q", k.Kind)+fmt.Sprintf("%q", k.Parts)] = true
+	}
+	change(t, s.Add, key("a set"), "is no record")
+	if err := s.Delete(t.Context(), key("b"), 1); err != nil {
+		t.Fatal(err)
+	}
+	delete(want, `"test"["b"]`)
+	got := make(map[string]bool)
+	err := s.Records(t.Context(), func(k broker.Key) error {
+		got[fmt.Sprintf("%q", k.Kind)+fmt.Sprintf("%q", k.Parts)] = true
+		return nil
+	})
+	if err != nil || !maps.Equal(got, want) {
+		t.Errorf("Records: got %d keys and %v, want the %d that are there", len(got), err, len(want))
+	}
+	enough := errors.New("enough")
+	if err := s.Records(t.Context(), func(broker.Key) error { return enough }); !errors.Is(err, enough) {
+		t.Errorf("Records: got %v, want the function's own error", err)
 	}
 }
 
@@ -494,11 +537,12 @@ func testCancelled(t *testing.T, s broker.Store) {
 	_, beat := s.Pulse(ctx)
 	for method, err := range map[string]error{
 		"Get": get, "Members": list, "Move": move, "Pulse": beat,
-		"Put":    s.Put(ctx, key("a"), 1, []byte("y"), 0),
-		"Delete": s.Delete(ctx, key("a"), 1),
-		"Add":    s.Add(ctx, key("set"), "b"),
-		"Remove": s.Remove(ctx, key("set"), "a"),
-		"Check":  s.Check(ctx),
+		"Put":     s.Put(ctx, key("a"), 1, []byte("y"), 0),
+		"Delete":  s.Delete(ctx, key("a"), 1),
+		"Add":     s.Add(ctx, key("set"), "b"),
+		"Remove":  s.Remove(ctx, key("set"), "a"),
+		"Check":   s.Check(ctx),
+		"Records": s.Records(ctx, func(broker.Key) error { return nil }),
 	} {
 		if !errors.Is(err, context.Canceled) {
 			t.Errorf("%s: got %v, want context.Canceled", method, err)

@@ -14,6 +14,7 @@ import (
 )
 
 func TestSettleOnDisk(t *testing.T) {
+	t.Parallel()
 	s := open(t, redisstore.Config{Socket: brokertest.StartRedis(t).Socket})
 	if err := s.Settle(t.Context()); err != nil {
 		t.Error(err)
@@ -28,6 +29,7 @@ func TestSettleSaysThatMemoryAloneIsNotEnough(t *testing.T) {
 }
 
 func TestSettleWaitsForTheReplicas(t *testing.T) {
+	t.Parallel()
 	port := freePort(t)
 	primary := brokertest.StartRedis(t, fmt.Sprintf("port %d", port), "bind 127.0.0.1", "protected-mode no", "repl-diskless-sync-delay 0", "appendonly no")
 	replica := brokertest.StartRedis(t, fmt.Sprintf("replicaof 127.0.0.1 %d", port), "appendonly no")
@@ -47,6 +49,30 @@ func TestSettleWaitsForTheReplicas(t *testing.T) {
 	defer replica.Thaw()
 	if err := s.Settle(t.Context()); err == nil || !strings.Contains(err.Error(), "0 of 1 have confirmed") {
 		t.Errorf("with a replica that hangs: %v", err)
+	}
+}
+
+// A primary that keeps nothing on disk comes back empty, and its replica follows.
+func TestSettleSaysOnceThatTheServerIsNotWhatItWas(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	primary := brokertest.StartRedis(t, fmt.Sprintf("port %d", port), "bind 127.0.0.1", "protected-mode no", "repl-diskless-sync-delay 0", "appendonly no")
+	brokertest.StartRedis(t, fmt.Sprintf("replicaof 127.0.0.1 %d", port), "appendonly no")
+	linked(t, primary.Socket)
+	s := open(t, redisstore.Config{Socket: primary.Socket})
+	s.Check(t.Context()) // what is said before a first Settle counts as well
+	if err := s.Put(t.Context(), broker.Key{Kind: "test"}, 0, []byte("box"), 0); err != nil {
+		t.Fatal(err)
+	}
+	primary.Kill()
+	primary.Start()
+	linked(t, primary.Socket)
+	s.Check(t.Context()) // it is not what takes note of the new one
+	if err := s.Settle(t.Context()); err == nil || !strings.Contains(err.Error(), "look again what is there") {
+		t.Errorf("Settle after a restart that lost everything: %v", err)
+	}
+	if err := s.Settle(t.Context()); err != nil {
+		t.Errorf("Settle once the caller knows: %v", err)
 	}
 }
 

@@ -1,5 +1,6 @@
 // Package redisstore keeps a deployment's records in Redis: broker.Store on
-// go-redis. It needs Redis 6.2 or newer, or Valkey.
+// go-redis. It needs Redis 6.2 or newer, or Valkey: one server, a primary with
+// replicas under Sentinel, or a Redis Cluster.
 //
 // What lies there, for a deployment called lab:
 //
@@ -15,37 +16,44 @@
 // missing:
 //
 //	~tokenbroker:* +ping +select +info +eval +evalsha +time
-//	+get +set +hget +hmget +hset +del +persist +pexpire +sadd +srem +smembers +wait
+//	+get +set +hget +hmget +hset +del +persist +pexpire +sadd +srem +smembers +wait +scan
+//
+// and +cluster|slots in a cluster. Of the Sentinels it needs
+// +sentinel|get-master-addr-by-name +sentinel|sentinels +subscribe and the
+// channels &+switch-master &+replica-reconf-done.
 package redisstore
 
 import (
 	"context"
+	"crypto/sha1" // what Redis names scripts by; nothing is protected by it
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"net"
+	"slices"
 	"strconv"
-	"syscall"
+	"sync"
 	"time"
 
 	"github.com/redis/go-redis/v9"
 	"github.com/redis/go-redis/v9/logging"
-	"github.com/redis/go-redis/v9/maintnotifications"
 
 	"tokenbroker/broker"
 )
 
 var _ broker.Store = (*Store)(nil)
 
-// Config says where Redis is. Either Socket or Addr is needed.
+// Config says where Redis is: one of Socket, Addr, Sentinel and Cluster is
+// needed.
 type Config struct {
 	Deployment string // part of every key
 	Socket     string // path of a Unix socket
 	Addr       string // host:port
-	TLS        *tls.Config
-	User       string // ACL user; empty: default
+	Sentinel   Sentinel
+	Cluster    []string    // host:port of some nodes of a Redis Cluster; they know the others
+	TLS        *tls.Config // for Sentinels and all nodes, too
+	User       string      // ACL user; empty: default
 	Password   broker.Secret
-	DB         int
+	DB         int // not for a cluster
 
 	// AllowNoPersistence makes Check accept a Redis that forgets everything
 	// when it restarts: everyone logs in again.
@@ -55,7 +63,10 @@ type Config struct {
 // A Store is a broker.Store on Redis.
 type Store struct {
 	cfg    Config
-	client *redis.Client
+	client redis.UniversalClient // knows one server, the one that Sentinels name, or a cluster
+
+	mu   sync.Mutex // guards seen
+	seen string     // which servers Settle spoke to last; see sameAs
 }
 
 // How long Redis may take. A healthy one answers within a millisecond; one
@@ -74,7 +85,7 @@ func Open(cfg Config) (*Store, error) {
 	// stderr about errors that we return anyway, past the broker's own log and
 	// its rules. Nothing else in the broker uses go-redis.
 	redis.SetLogger(&logging.VoidLogger{})
-	return &Store{cfg: cfg, client: redis.NewClient(cfg.options())}, nil
+	return &Store{cfg: cfg, client: cfg.connect()}, nil
 }
 
 // Close closes the connections. Calls under way return an error.
@@ -85,70 +96,24 @@ func (s *Store) Close() error {
 	return nil
 }
 
-func (c Config) check() error {
-	const maxSocket = len(syscall.RawSockaddrUnix{}.Path) - 1
-	switch {
-	case c.Deployment == "":
-		return errors.New("the deployment has no name")
-	case c.Socket == "" && c.Addr == "":
-		return errors.New("neither socket nor address is set: say where Redis is")
-	case c.Socket != "" && c.Addr != "":
-		return errors.New("socket and address are both set: leave one out")
-	case len(c.Socket) > maxSocket:
-		return fmt.Errorf("the socket's path %s is longer than %d bytes, which no program can open: choose a shorter one", c.Socket, maxSocket)
-	case c.Socket != "" && c.TLS != nil:
-		return errors.New("TLS is set for a Unix socket: leave it out")
-	case c.User != "" && c.Password.IsZero():
-		return fmt.Errorf("the user %q has no password: set password_file", c.User)
-	case c.DB < 0:
-		return fmt.Errorf("db is %d: it can't be negative", c.DB)
-	}
-	if c.Addr != "" {
-		if host, port, err := net.SplitHostPort(c.Addr); err != nil || host == "" || port == "" {
-			return fmt.Errorf("the address %q is not host:port", c.Addr)
-		}
-	}
-	return nil
-}
+// A script is Lua for Redis, and the sum that Redis knows it by.
+type script struct{ text, sum string }
 
-// options are go-redis's. It must not try anything twice by itself: a write
-// whose answer is lost may have happened, and only the domain knows what then.
-func (c Config) options() *redis.Options {
-	o := &redis.Options{
-		Network:               "tcp",
-		Addr:                  c.Addr,
-		TLSConfig:             c.TLS,
-		Username:              c.User,
-		Password:              c.Password.Reveal(),
-		DB:                    c.DB,
-		Protocol:              2,
-		MaxRetries:            -1,
-		DialerRetries:         1,
-		DialTimeout:           dialTimeout,
-		ReadTimeout:           callTimeout,
-		WriteTimeout:          callTimeout,
-		PoolTimeout:           callTimeout,
-		ContextTimeoutEnabled: true,
-		// Two more commands per connection which an ACL user would need.
-		DisableIdentity:          true,
-		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
-	}
-	if c.Socket != "" {
-		o.Network, o.Addr = "unix", c.Socket
-	}
-	return o
+func newScript(text string) script {
+	return script{text, fmt.Sprintf("%x", sha1.Sum([]byte(text)))}
 }
 
 // Scripts. Each touches KEYS[1] and nothing else. Numbers go in and out as
 // strings, because Redis' Lua prints those above 10^14 rounded.
 var (
-	putScript = redis.NewScript(`
+	putScript = newScript(`
 if (redis.call('HGET', KEYS[1], 'r') or '0') ~= ARGV[1] then return 'stale' end
 redis.call('HSET', KEYS[1], 'r', ARGV[2], 'b', ARGV[3])
+if ARGV[4] == 'keep' then return 'done' end
 if ARGV[4] == '0' then redis.call('PERSIST', KEYS[1]) else redis.call('PEXPIRE', KEYS[1], ARGV[4]) end
 return 'done'`)
 
-	deleteScript = redis.NewScript(`
+	deleteScript = newScript(`
 local r = redis.call('HGET', KEYS[1], 'r')
 if r and r ~= ARGV[1] then return 'stale' end
 redis.call('DEL', KEYS[1])
@@ -156,7 +121,7 @@ return 'done'`)
 
 	// Above 2^53 adding one changes nothing any more, and a revision that does
 	// not move hides revocations: better an error.
-	moveScript = redis.NewScript(`
+	moveScript = newScript(`
 local t = redis.call('TIME')
 local old = tonumber(redis.call('GET', KEYS[1]) or '0')
 if not old or old >= 9007199254740991 then return redis.error_reply('ERR the revision is not a number that can rise') end
@@ -164,14 +129,14 @@ local new = math.max(old + 1, t[1] * 1000000 + t[2])
 redis.call('SET', KEYS[1], string.format('%.0f', new))
 return string.format('%.0f', new)`)
 
-	pulseScript = redis.NewScript(`
+	pulseScript = newScript(`
 local t = redis.call('TIME')
 return {redis.call('GET', KEYS[1]) or '0', t[1], t[2]}`)
 )
 
 // Get implements broker.Store.
 func (s *Store) Get(ctx context.Context, k broker.Key) (broker.Record, error) {
-	fields, err := s.client.HMGet(ctx, s.record(k), "r", "b").Result()
+	fields, err := s.do(ctx, "HMGET", s.record(k), "r", "b").Slice()
 	if err != nil {
 		return broker.Record{}, s.wrap("get", k, err)
 	}
@@ -189,7 +154,7 @@ func (s *Store) Get(ctx context.Context, k broker.Key) (broker.Record, error) {
 
 // Put implements broker.Store.
 func (s *Store) Put(ctx context.Context, k broker.Key, was int64, box []byte, life time.Duration) error {
-	answer, err := s.run(ctx, putScript, s.record(k), was, was+1, box, millis(life)).Text()
+	answer, err := s.run(ctx, putScript, s.record(k), was, was+1, box, ending(life)).Text()
 	return s.changed("put", k, answer, err)
 }
 
@@ -212,17 +177,17 @@ func (s *Store) changed(what string, k broker.Key, answer string, err error) err
 
 // Add implements broker.Store.
 func (s *Store) Add(ctx context.Context, k broker.Key, member string) error {
-	return s.wrap("add to", k, s.client.SAdd(ctx, s.set(k), member).Err())
+	return s.wrap("add to", k, s.do(ctx, "SADD", s.set(k), member).Err())
 }
 
 // Remove implements broker.Store.
 func (s *Store) Remove(ctx context.Context, k broker.Key, member string) error {
-	return s.wrap("remove from", k, s.client.SRem(ctx, s.set(k), member).Err())
+	return s.wrap("remove from", k, s.do(ctx, "SREM", s.set(k), member).Err())
 }
 
 // Members implements broker.Store.
 func (s *Store) Members(ctx context.Context, k broker.Key) ([]string, error) {
-	members, err := s.client.SMembers(ctx, s.set(k)).Result()
+	members, err := s.do(ctx, "SMEMBERS", s.set(k)).StringSlice()
 	if err != nil {
 		return nil, s.wrap("list", k, err)
 	}
@@ -252,14 +217,21 @@ func (s *Store) Pulse(ctx context.Context) (broker.Pulse, error) {
 
 // run runs a script on one key. That it may be sent twice is no retry: the
 // first time Redis didn't know it yet.
-func (s *Store) run(ctx context.Context, script *redis.Script, key string, args ...any) *redis.Cmd {
-	return script.Run(ctx, s.client, []string{key}, args...)
+func (s *Store) run(ctx context.Context, sc script, key string, args ...any) *redis.Cmd {
+	cmd := s.do(ctx, slices.Concat([]any{"EVALSHA", sc.sum, 1, key}, args)...)
+	if !redis.HasErrorPrefix(cmd.Err(), "NOSCRIPT") {
+		return cmd
+	}
+	return s.do(ctx, slices.Concat([]any{"EVAL", sc.text, 1, key}, args)...)
 }
 
-// millis is a life for PEXPIRE, 0 for none; a shorter one than Redis can count
-// is rounded up.
-func millis(life time.Duration) int64 {
-	if life <= 0 {
+// ending is a life for putScript: milliseconds, 0 for none. A shorter one than
+// Redis can count is rounded up.
+func ending(life time.Duration) any {
+	switch {
+	case life == broker.KeepLife:
+		return "keep"
+	case life <= 0:
 		return 0
 	}
 	return max(1, life.Milliseconds())

@@ -14,6 +14,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"syscall"
 
 	"github.com/tink-crypto/tink-go/v2/aead/subtle"
@@ -31,6 +32,17 @@ var keysetAD = []byte("tokenbroker keyset 1")
 
 // A wrapped is the keyset file.
 type wrapped struct {
+	wrapping
+	// Also is the same keyset under another key-encryption key, while the one is
+	// replaced by the other.
+	Also []wrapping `json:"also,omitempty"`
+	// Retired names the keys that no longer open, so that what lies under one can
+	// be told from what lies under a key that nobody has ever had.
+	Retired []retired `json:"retired,omitempty"`
+}
+
+// A wrapping is a keyset under a key-encryption key.
+type wrapping struct {
 	// KEK identifies the key-encryption key, without telling anything about it.
 	// So a wrong key can be told from a damaged file.
 	KEK    string          `json:"kek"`
@@ -58,7 +70,11 @@ func Create(keysetFile, kekFile string) error {
 	}
 	key := make(kek, kekSize)
 	rand.Read(key)
-	text, err := wrap(h, key)
+	w, err := wrap(h, key)
+	if err != nil {
+		return err
+	}
+	text, err := json.MarshalIndent(wrapped{wrapping: w}, "", "  ")
 	if err != nil {
 		return err
 	}
@@ -73,16 +89,16 @@ func Create(keysetFile, kekFile string) error {
 	return nil
 }
 
-func wrap(h *keyset.Handle, key kek) ([]byte, error) {
+func wrap(h *keyset.Handle, key kek) (wrapping, error) {
 	a, err := subtle.NewXChaCha20Poly1305(key)
 	if err != nil {
-		return nil, fmt.Errorf("use the key-encryption key: %w", err)
+		return wrapping{}, fmt.Errorf("use the key-encryption key: %w", err)
 	}
 	var buf bytes.Buffer
 	if err := h.WriteWithAssociatedData(keyset.NewJSONWriter(&buf), a, keysetAD); err != nil {
-		return nil, fmt.Errorf("wrap the keyset: %w", err)
+		return wrapping{}, fmt.Errorf("wrap the keyset: %w", err)
 	}
-	return json.MarshalIndent(wrapped{KEK: key.id(), Keyset: buf.Bytes()}, "", "  ")
+	return wrapping{KEK: key.id(), Keyset: buf.Bytes()}, nil
 }
 
 // writeNew writes a line to a file that wasn't there, and returns when it is
@@ -128,48 +144,87 @@ func syncDir(path string) error {
 // Its errors are sentences for the administrator: which file, what is wrong
 // with it, and what to do.
 func Load(keysetFile, kekFile string) (*Keyset, error) {
-	key, kekFile, err := loadKEK(kekFile)
-	if err != nil {
+	k := &Keyset{keysetFile: keysetFile, kekFile: kekFile}
+	if _, err := k.Reload(); err != nil {
 		return nil, err
 	}
+	return k, nil
+}
+
+// Reload reads the files that k was loaded from anew, and says whether they hold
+// other keys than k. If they are not right, k stays what it is, and the error is
+// Load's.
+func (k *Keyset) Reload() (changed bool, err error) {
+	key, kekFile, err := loadKEK(k.kekFile)
+	if err != nil {
+		return false, err
+	}
+	f, h, err := openFile(k.keysetFile, kekFile, key)
+	if err != nil {
+		return false, err
+	}
+	next, err := stateOf(h, f.Retired)
+	if err != nil {
+		return false, err
+	}
+	was := k.now()
+	if id, lost := lostKey(was.keys, next.keys); lost {
+		return false, fmt.Errorf("the keyset in %s lacks key %s, which is in use: it is an older copy; put the newest one back", k.keysetFile, id)
+	}
+	k.state.Store(next)
+	return !slices.Equal(was.keys, next.keys), nil
+}
+
+// lostKey finds a key that opens and that the next keyset knows nothing of, not
+// even that it was retired.
+func lostKey(was, next []Key) (KeyID, bool) {
+	for _, k := range was {
+		known := slices.ContainsFunc(next, func(n Key) bool { return n.ID == k.ID })
+		if !known && k.State != Disabled && k.State != Gone {
+			return k.ID, true
+		}
+	}
+	return 0, false
+}
+
+// openFile reads the keyset file.
+func openFile(keysetFile, kekFile string, key kek) (f wrapped, _ *keyset.Handle, _ error) {
 	text, err := readRegular(keysetFile, func(fs.FileInfo) error { return nil })
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("there is no keyset at %s: restore it from its backup, or, in a new installation, run \"tokenbroker keys create\"", keysetFile)
+		return f, nil, fmt.Errorf("there is no keyset at %s: restore it from its backup, or, in a new installation, run \"tokenbroker keys create\"", keysetFile)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("read the keyset: %w", err)
+		return f, nil, fmt.Errorf("read the keyset: %w", err)
 	}
 
 	damaged := func(err error) error {
 		return fmt.Errorf("the keyset in %s is damaged: restore it from its backup (%w)", keysetFile, err)
 	}
-	var w wrapped
-	if err := json.Unmarshal(text, &w); err != nil {
-		return nil, damaged(err)
+	if err := json.Unmarshal(text, &f); err != nil {
+		return f, nil, damaged(err)
 	}
-	if len(w.Keyset) == 0 || w.KEK == "" {
-		return nil, damaged(errors.New("it is JSON, but not what \"tokenbroker keys create\" writes"))
+	if len(f.Keyset) == 0 || f.KEK == "" {
+		return f, nil, damaged(errors.New("it is JSON, but not what \"tokenbroker keys create\" writes"))
 	}
-	if w.KEK != key.id() {
-		return nil, fmt.Errorf("the key-encryption key in %s (%s) is not the one that the keyset in %s was wrapped by (%s): restore the two files from the same backup", kekFile, key.id(), keysetFile, w.KEK)
+	for _, w := range append([]wrapping{f.wrapping}, f.Also...) {
+		if w.KEK != key.id() {
+			continue
+		}
+		h, err := unwrap(w.Keyset, key)
+		if err != nil {
+			return f, nil, damaged(err)
+		}
+		return f, h, nil
 	}
-	k, err := unwrap(w.Keyset, key)
-	if err != nil {
-		return nil, damaged(err)
-	}
-	return k, nil
+	return f, nil, fmt.Errorf("the key-encryption key in %s (%s) is not the one that the keyset in %s was wrapped by (%s): restore the two files from the same backup", kekFile, key.id(), keysetFile, f.KEK)
 }
 
-func unwrap(text []byte, key kek) (*Keyset, error) {
+func unwrap(text []byte, key kek) (*keyset.Handle, error) {
 	a, err := subtle.NewXChaCha20Poly1305(key)
 	if err != nil {
 		return nil, err
 	}
-	h, err := keyset.ReadWithAssociatedData(keyset.NewJSONReader(bytes.NewReader(text)), a, keysetAD)
-	if err != nil {
-		return nil, err
-	}
-	return fromHandle(h)
+	return keyset.ReadWithAssociatedData(keyset.NewJSONReader(bytes.NewReader(text)), a, keysetAD)
 }
 
 // loadKEK also returns the path it found the key at.

@@ -10,7 +10,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"sync/atomic"
+	"time"
 
 	"github.com/tink-crypto/tink-go/v2/aead"
 	"github.com/tink-crypto/tink-go/v2/keyset"
@@ -46,11 +49,18 @@ func (p Place) bytes() []byte {
 	return b
 }
 
-// A Keyset seals and opens. It may be used from many goroutines at once. One
-// of its keys seals; all of them open, so that keys can be rotated.
+// A Keyset seals and opens. It may be used from many goroutines at once, also
+// while it is read anew. One of its keys seals; all of them open, so that keys
+// can be rotated.
 type Keyset struct {
+	keysetFile, kekFile string // empty: it lives in memory only
+	state               atomic.Pointer[state]
+}
+
+// A state is what a Keyset is until it is read anew.
+type state struct {
 	aead tink.AEAD
-	ids  map[uint32]bool // of the keys; a box begins with the id of its own
+	keys []Key
 }
 
 // New makes a keyset that lives in memory only, for tests and the demo.
@@ -59,7 +69,13 @@ func New() (*Keyset, error) {
 	if err != nil {
 		return nil, err
 	}
-	return fromHandle(h)
+	s, err := stateOf(h, nil)
+	if err != nil {
+		return nil, err
+	}
+	k := new(Keyset)
+	k.state.Store(s)
+	return k, nil
 }
 
 // newHandle makes a keyset of one key. XChaCha20 because its nonces are long
@@ -72,16 +88,36 @@ func newHandle() (*keyset.Handle, error) {
 	return h, nil
 }
 
-func fromHandle(h *keyset.Handle) (*Keyset, error) {
+func stateOf(h *keyset.Handle, out []retired) (*state, error) {
 	a, err := aead.New(h)
 	if err != nil {
 		return nil, fmt.Errorf("use the keyset: %w", err)
 	}
-	k := &Keyset{aead: a, ids: make(map[uint32]bool)}
-	for _, info := range h.KeysetInfo().GetKeyInfo() {
-		k.ids[info.GetKeyId()] = true
+	return &state{aead: a, keys: keysOf(h, out)}, nil
+}
+
+// now returns what k is; a keyset that was never made has no keys.
+func (k *Keyset) now() *state {
+	if k != nil {
+		if s := k.state.Load(); s != nil {
+			return s
+		}
 	}
-	return k, nil
+	return new(state)
+}
+
+// Keys lists the keys, from the oldest to the newest.
+func (k *Keyset) Keys() []Key { return slices.Clone(k.now().keys) }
+
+// prefix is how long what a box begins with is: a byte 1, then the id of its key.
+const prefix = 5
+
+// KeyOf returns which key a box was sealed under; false: it is no box.
+func KeyOf(box []byte) (KeyID, bool) {
+	if len(box) < prefix || box[0] != 1 {
+		return 0, false
+	}
+	return KeyID(binary.BigEndian.Uint32(box[1:prefix])), true
 }
 
 // Seal seals plain at a place.
@@ -89,10 +125,11 @@ func (k *Keyset) Seal(plain []byte, at Place) ([]byte, error) {
 	if len(at) == 0 {
 		return nil, errors.New("seal a record: it has no place")
 	}
-	if k == nil || k.aead == nil {
+	now := k.now()
+	if now.aead == nil {
 		return nil, errors.New("seal a record: the keyset holds no key")
 	}
-	box, err := k.aead.Encrypt(plain, at.bytes())
+	box, err := now.aead.Encrypt(plain, at.bytes())
 	if err != nil {
 		return nil, fmt.Errorf("seal the record at %s: %w", at, err)
 	}
@@ -102,9 +139,10 @@ func (k *Keyset) Seal(plain []byte, at Place) ([]byte, error) {
 // Open opens what Seal sealed at the same place, and nothing else. Its error
 // wraps ErrUnsealable, names the place and holds no byte of the box.
 func (k *Keyset) Open(box []byte, at Place) ([]byte, error) {
-	why := k.refuse(box, at)
+	now := k.now()
+	why := now.refuse(box, at)
 	if why == "" {
-		plain, err := k.aead.Decrypt(box, at.bytes())
+		plain, err := now.aead.Decrypt(box, at.bytes())
 		if err == nil {
 			return plain, nil
 		}
@@ -114,18 +152,28 @@ func (k *Keyset) Open(box []byte, at Place) ([]byte, error) {
 }
 
 // refuse says what is wrong with a box before its key is tried, so that an
-// operator can tell a lost keyset from a changed record; empty: nothing.
-func (k *Keyset) refuse(box []byte, at Place) string {
-	const prefix = 5 // Tink: a byte 1, then the id of the key
-	switch {
-	case len(at) == 0:
+// operator can tell an old backup of the store and a lost key from a changed
+// record; empty: nothing.
+func (s *state) refuse(box []byte, at Place) string {
+	if len(at) == 0 {
 		return "it has no place"
-	case k == nil || k.aead == nil:
+	}
+	if s.aead == nil {
 		return "the keyset holds no key"
-	case len(box) < prefix || box[0] != 1:
+	}
+	id, ok := KeyOf(box)
+	if !ok {
 		return "these bytes are no sealed record"
-	case !k.ids[binary.BigEndian.Uint32(box[1:prefix])]:
-		return "it was sealed under a key that is not in the keyset"
+	}
+	i := slices.IndexFunc(s.keys, func(k Key) bool { return k.ID == id })
+	if i < 0 {
+		return fmt.Sprintf("it was sealed under %s, a key that is not in the keyset, nor ever was: the keyset file is an older copy, or another deployment's", id)
+	}
+	switch key := s.keys[i]; key.State {
+	case Disabled:
+		return fmt.Sprintf("it was sealed under %s, which was retired on %s: it comes from an older backup of the store; \"tokenbroker keys retire --undo\" makes it readable again", id, key.Since.Format(time.DateOnly))
+	case Gone:
+		return fmt.Sprintf("it was sealed under %s, which was retired on %s and destroyed since: it comes from an older backup of the store, and nothing opens it any more", id, key.Since.Format(time.DateOnly))
 	}
 	return ""
 }

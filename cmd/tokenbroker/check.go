@@ -150,18 +150,58 @@ func (k checker) store() {
 		k.add("store.redis.address", "give either socket or address")
 	}
 	if r.Address != "" {
-		if _, _, err := net.SplitHostPort(r.Address); err != nil {
-			k.add("store.redis.address", "wants host:port")
-		}
+		k.address("store.redis.address", r.Address)
 	}
 	if r.Socket != "" {
 		k.socket("store.redis.socket", r.Socket)
+	}
+	if r.Sentinel != nil {
+		k.sentinel("store.redis.sentinel", r)
+	}
+	if r.Cluster != nil {
+		k.cluster("store.redis.cluster", r)
 	}
 	if r.DB < 0 {
 		k.add("store.redis.db", "is less than 0")
 	}
 	r.PasswordFile = k.secret("store.redis.password_file", r.PasswordFile, false)
 	r.CAFile = k.optionalFile("store.redis.ca_file", r.CAFile)
+}
+
+func (k checker) sentinel(key string, r *RedisConfig) {
+	if r.Socket != "" || r.Address != "" || r.Cluster != nil {
+		k.add(key, "says where Redis is, and so does another key: leave one of socket, address, sentinel and cluster")
+	}
+	if r.Sentinel.Master == "" {
+		k.add(key+".master", "is missing")
+	}
+	k.addresses(key+".addresses", r.Sentinel.Addresses)
+	r.Sentinel.PasswordFile = k.secret(key+".password_file", r.Sentinel.PasswordFile, r.Sentinel.User != "")
+}
+
+func (k checker) cluster(key string, r *RedisConfig) {
+	if r.Socket != "" || r.Address != "" {
+		k.add(key, "says where Redis is, and so does another key: leave one of socket, address, sentinel and cluster")
+	}
+	if r.DB > 0 {
+		k.add("store.redis.db", "is not 0, and a cluster has no other")
+	}
+	k.addresses(key+".addresses", r.Cluster.Addresses)
+}
+
+func (k checker) addresses(key string, all []string) {
+	if len(all) == 0 {
+		k.add(key, "is missing")
+	}
+	for i, a := range all {
+		k.address(fmt.Sprintf("%s[%d]", key, i), a)
+	}
+}
+
+func (k checker) address(key, a string) {
+	if host, port, err := net.SplitHostPort(a); err != nil || host == "" || port == "" {
+		k.add(key, "wants host:port")
+	}
 }
 
 func (k checker) keys() {

@@ -115,7 +115,7 @@ func newKeys() *cobra.Command {
 		fmt.Fprintln(c.OutOrStdout(), "Back both up, each apart from the other and from Redis: without them everybody logs in again.")
 		return nil
 	})
-	return group("keys", "The keys that seal the records", c)
+	return group("keys", "The keys that seal the records", c, newKeysStatus(), newKeysRotate(), newKeysRetire(), newKeysRewrap())
 }
 
 // keyFiles says where a configuration file expects its keys. The keys are made

@@ -102,23 +102,51 @@ type StoreConfig struct {
 	Redis RedisConfig `yaml:"redis"`
 }
 
-// RedisConfig is how to reach Redis 6.2 or later.
+// RedisConfig is how to reach Redis 6.2 or later, in one of four ways.
 type RedisConfig struct {
-	// Socket is a Unix socket. Default, without address: /run/redis/redis-server.sock.
+	// Socket is a Unix socket. Default, if none of the others is there:
+	// /run/redis/redis-server.sock.
 	Socket string `yaml:"socket,omitempty"`
-	// Address is host:port instead.
+	// Address is host:port.
 	Address string `yaml:"address,omitempty"`
+	// Sentinel finds the primary by asking Sentinels, and again when they
+	// promote another. Have it keep "min-replicas-to-write 1": a primary that is
+	// cut off then takes no changes that would be lost.
+	Sentinel *SentinelConfig `yaml:"sentinel,omitempty"`
+	// Cluster is a Redis Cluster.
+	Cluster *ClusterConfig `yaml:"cluster,omitempty"`
 	// User is an ACL user. Default: Redis's default user.
 	User string `yaml:"user,omitempty"`
-	// PasswordFile holds the password.
+	// PasswordFile holds the password, the same for all servers of a set.
 	PasswordFile string `yaml:"password_file,omitempty"`
 	// TLS switches TLS on; CAFile does, too, and names who signed the server.
+	// Both are about Sentinels as well.
 	TLS    bool   `yaml:"tls,omitempty"`
 	CAFile string `yaml:"ca_file,omitempty"`
-	// DB is the database's number.
+	// DB is the database's number. A cluster has only 0.
 	DB int `yaml:"db,omitempty"`
 	// AllowNoPersistence accepts that a restart of Redis logs everybody out.
 	AllowNoPersistence bool `yaml:"allow_no_persistence,omitempty"`
+}
+
+// SentinelConfig is about Redis Sentinel.
+type SentinelConfig struct {
+	// Master is the name that the Sentinels know the primary by.
+	Master string `yaml:"master,omitempty"`
+	// Addresses are some Sentinels, host:port; they know the others. Name more
+	// than one: the first may be gone with the primary.
+	Addresses []string `yaml:"addresses,omitempty"`
+	// User is an ACL user of the Sentinels. Default: their default user.
+	User string `yaml:"user,omitempty"`
+	// PasswordFile holds the Sentinels' own password. They need one: who may
+	// command them decides where the broker sends Redis's password.
+	PasswordFile string `yaml:"password_file,omitempty"`
+}
+
+// ClusterConfig is about Redis Cluster.
+type ClusterConfig struct {
+	// Addresses are some nodes, host:port; they know the others.
+	Addresses []string `yaml:"addresses,omitempty"`
 }
 
 // KeysConfig is the keyset and the key that opens it.
@@ -262,7 +290,7 @@ func (c *Config) fill() {
 	def(&c.Servers.Directory, "/var/lib/tokenbroker/servers")
 	def(&c.Servers.Attestation, "docker")
 	def(&c.Servers.Docker.Socket, "/var/run/docker.sock")
-	if c.Store.Redis.Address == "" {
+	if r := c.Store.Redis; r.Address == "" && r.Sentinel == nil && r.Cluster == nil {
 		def(&c.Store.Redis.Socket, "/run/redis/redis-server.sock")
 	}
 	def(&c.Keys.Keyset, "keyset.json")

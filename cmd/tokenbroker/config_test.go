@@ -166,6 +166,19 @@ func TestMistakes(t *testing.T) {
 		{"a Redis socket that is too long", minimal + "store: {redis: {socket: " + long + "/redis.sock}}\n", "store.redis.socket: makes a socket path of 112 bytes"},
 		{"a user of Redis without a password", minimal + "store: {redis: {user: tb}}\n", "line 10: store.redis: "},
 		{"Redis twice", minimal + "store: {redis: {socket: /x, address: 'y:1'}}\n", "store.redis.address: give either socket or address"},
+		{"Sentinels", minimal + "store: {redis: {sentinel: {master: lab, addresses: ['a:1', 'b:1'], password_file: secret}, password_file: secret, db: 1}}\n", ""},
+		{"Sentinels and an address", minimal + "store: {redis: {address: 'a:1', sentinel: {master: lab, addresses: ['a:1']}}}\n", "store.redis.sentinel: says where Redis is, and so does another key"},
+		{"Sentinels without a name", minimal + "store: {redis: {sentinel: {addresses: ['a:1']}}}\n", "line 10: store.redis.sentinel.master: is missing"},
+		{"a name without Sentinels", minimal + "store: {redis: {sentinel: {master: lab}}}\n", "store.redis.sentinel.addresses: is missing"},
+		{"a Sentinel without a port", minimal + "store: {redis: {sentinel: {master: lab, addresses: ['a:1', b]}}}\n", "store.redis.sentinel.addresses[1]: wants host:port"},
+		{"a user of the Sentinels without a password", minimal + "store: {redis: {sentinel: {master: lab, addresses: ['a:1'], user: tb}}}\n", "store.redis.sentinel.password_file: is missing"},
+		{"a password of the Sentinels that is not there", minimal + "store: {redis: {sentinel: {master: lab, addresses: ['a:1'], password_file: absent}}}\n", "store.redis.sentinel.password_file: DIR/absent does not exist"},
+		{"a cluster", minimal + "store: {redis: {cluster: {addresses: ['a:1']}, tls: true}}\n", ""},
+		{"a cluster and Sentinels", minimal + "store: {redis: {cluster: {addresses: ['a:1']}, sentinel: {master: lab, addresses: ['a:1']}}}\n", "store.redis.sentinel: says where Redis is"},
+		{"a cluster and a socket", minimal + "store: {redis: {cluster: {addresses: ['a:1']}, socket: /x}}\n", "store.redis.cluster: says where Redis is"},
+		{"a cluster without nodes", minimal + "store: {redis: {cluster: {}}}\n", "store.redis.cluster.addresses: is missing"},
+		{"a node without a host", minimal + "store: {redis: {cluster: {addresses: [':1']}}}\n", "store.redis.cluster.addresses[0]: wants host:port"},
+		{"a database of a cluster", minimal + "store: {redis: {cluster: {addresses: ['a:1']}, db: 1}}\n", "store.redis.db: is not 0, and a cluster has no other"},
 		{"Redis without a port", minimal + "store: {redis: {address: y}}\n", "store.redis.address: wants host:port"},
 		{"a listener for everybody", minimal + "hubs: {main: {listener: {address: '0.0.0.0:1', client_secret_file: secret}}}\n", "hubs.main.listener.address: 0.0.0.0:1 can be reached from elsewhere"},
 		{"a listener on this machine", minimal + "hubs: {main: {listener: {address: '127.0.0.1:1', client_secret_file: secret}}}\n", ""},
@@ -253,6 +266,7 @@ func TestSystemdCredentialsComeFirst(t *testing.T) {
 func FuzzParse(f *testing.F) {
 	f.Add([]byte(minimal))
 	f.Add([]byte("hubs: {main: {listener: {address: '[::1]:1'}}}\nstore: {redis: {db: 1, tls: true}}\n"))
+	f.Add([]byte("store: {redis: {sentinel: {master: lab, addresses: ['a:1']}, cluster: {addresses: [a]}}}\n"))
 	f.Add([]byte("a: &a [*a]\nb: *a\n"))
 	f.Add([]byte("policy: [{max_ttl: 5m, roles: [a, 1, true, ~]}]\n<<: *x"))
 	f.Fuzz(func(t *testing.T, data []byte) {

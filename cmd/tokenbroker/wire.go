@@ -11,6 +11,7 @@ import (
 	"maps"
 	"os"
 	"slices"
+	"sync"
 
 	"tokenbroker/broker"
 	"tokenbroker/broker/oauthprovider"
@@ -148,6 +149,17 @@ func openStore(cfg *Config) (*redisstore.Store, error) {
 		AllowNoPersistence: r.AllowNoPersistence,
 	}
 	var err error
+	if r.Cluster != nil {
+		c.Cluster = r.Cluster.Addresses
+	}
+	if r.Sentinel != nil {
+		c.Sentinel = redisstore.Sentinel{Master: r.Sentinel.Master, Addrs: r.Sentinel.Addresses, User: r.Sentinel.User}
+		if r.Sentinel.PasswordFile != "" {
+			if c.Sentinel.Password, err = readSecret(r.Sentinel.PasswordFile); err != nil {
+				return nil, fmt.Errorf("store.redis.sentinel.password_file: %w", err)
+			}
+		}
+	}
 	if r.PasswordFile != "" {
 		if c.Password, err = readSecret(r.PasswordFile); err != nil {
 			return nil, fmt.Errorf("store.redis.password_file: %w", err)
@@ -216,6 +228,11 @@ func serve(ctx context.Context, cfg *Config, stdout io.Writer, log *slog.Logger,
 		return err
 	}
 	defer func() { err = errors.Join(err, p.close()) }()
+	watching, stop := context.WithCancel(ctx)
+	var watch sync.WaitGroup
+	watch.Go(func() { watchKeys(watching, p.keys, log) })
+	defer watch.Wait()
+	defer stop()
 	if err := p.store.Check(ctx); err != nil {
 		return err
 	}
