@@ -40,6 +40,12 @@ func TestAnswerThatTheStoreNeverTookIsRestoredAtTheStart(t *testing.T) {
 
 func TestStoreThatFallsBackGetsTheNewerRefreshToken(t *testing.T) {
 	inBubble(t, func(r *rig) {
+		r.store.Before(func(method string, _ broker.Key) error {
+			if method == "Settle" {
+				return errors.New("the replica lags")
+			}
+			return nil
+		})
 		r.loggedIn("alice")
 		p := r.running("alice", 100)
 		replica := r.store.Copy()

@@ -235,7 +235,7 @@ func (s *story) disconnect(ctx context.Context) error {
 	s.say("Her notebook was asking in a loop:")
 	s.sayEvents(map[time.Time]string{
 		began: "tokenbroker users disconnect alice", done: "the command returned",
-		a.LastToken: "the last token came", a.At: "the first refusal came",
+		a.LastToken: "the last request that got a token", a.At: "the first refusal came",
 	}, began)
 	if a.Refused == nil {
 		return errors.New("it still gets tokens")
@@ -244,7 +244,7 @@ func (s *story) disconnect(ctx context.Context) error {
 	until := r.GetDisconnected()[0].GetOutstandingUntil().AsTime()
 	s.say("Tokens that were given out before end by themselves, the last one in %s.", time.Until(until).Round(time.Second))
 	stopped := r.GetDisconnected()[0].GetIssuingStoppedAt().AsTime()
-	if err := s.holds(a.Refused.Code == "revoked" && !a.LastToken.After(stopped), "no token left after the broker had promised that none would"); err != nil {
+	if err := s.holds(a.Refused.Code == "revoked" && !a.LastToken.After(stopped), "nobody who asked after the time that the broker promised got a token"); err != nil {
 		return err
 	}
 	active, err := s.hub.checkSession(ctx, "alice")

@@ -41,7 +41,7 @@ type answer struct {
 	ExpiresIn int64
 	Print     string // fingerprint of the token
 	Refused   *refusal
-	LastToken time.Time // when the last token came
+	LastToken time.Time // when the last token was asked for
 	At        time.Time // when this answer came
 }
 
@@ -95,6 +95,7 @@ func beNotebook(ctx context.Context, in io.Reader, out io.Writer) error {
 func work(ctx context.Context, q question, ask func(context.Context, question) (answer, error), tell func(answer)) {
 	var last time.Time
 	for end := time.Now().Add(10 * time.Second); ; {
+		asked := time.Now()
 		a, err := ask(ctx, q)
 		a.At, a.LastToken = time.Now(), last
 		if err != nil && !errors.As(err, &a.Refused) {
@@ -107,7 +108,8 @@ func work(ctx context.Context, q question, ask func(context.Context, question) (
 		if last.IsZero() {
 			tell(answer{Started: true})
 		}
-		last = a.At
+		// Not when it came: a machine under load delays what has left long ago.
+		last = asked
 	}
 }
 
