@@ -30,8 +30,11 @@ type GrantKey struct {
 	Sub      string
 }
 
+// String names it for logs and operators.
 func (k ServerKey) String() string { return fmt.Sprintf("server %q of %s/%q", k.Server, k.Hub, k.User) }
-func (k GrantKey) String() string  { return fmt.Sprintf("grant %s/%s/%q", k.Hub, k.Provider, k.Sub) }
+
+// String names it for logs and operators.
+func (k GrantKey) String() string { return fmt.Sprintf("grant %s/%s/%q", k.Hub, k.Provider, k.Sub) }
 
 // maxName is JupyterHub's own limit (orm.py: users.name, spawners.name).
 const maxName = 255

@@ -150,6 +150,7 @@ type ProviderError struct {
 	Err        error         // transport error, without URL or body
 }
 
+// Error is for logs: class, reason, code and what the transport said.
 func (e *ProviderError) Error() string {
 	s := "provider: " + string(e.Class)
 	if e.Reason != "" {
@@ -164,4 +165,5 @@ func (e *ProviderError) Error() string {
 	return s
 }
 
+// Unwrap returns the transport error, if there is one.
 func (e *ProviderError) Unwrap() error { return e.Err }

@@ -53,8 +53,17 @@ func (s Secret) Fingerprint() string {
 
 const hidden = "[hidden]"
 
-func (s Secret) Format(w fmt.State, _ rune)   { io.WriteString(w, hidden) }
-func (s Secret) String() string               { return hidden }
-func (s Secret) GoString() string             { return hidden }
+// Format prints that there is something, for every verb.
+func (s Secret) Format(w fmt.State, _ rune) { io.WriteString(w, hidden) }
+
+// String implements fmt.Stringer.
+func (s Secret) String() string { return hidden }
+
+// GoString implements fmt.GoStringer.
+func (s Secret) GoString() string { return hidden }
+
+// MarshalText implements encoding.TextMarshaler, and so json.Marshal.
 func (s Secret) MarshalText() ([]byte, error) { return []byte(hidden), nil }
-func (s Secret) LogValue() slog.Value         { return slog.StringValue(hidden) }
+
+// LogValue implements slog.LogValuer.
+func (s Secret) LogValue() slog.Value { return slog.StringValue(hidden) }

@@ -17,13 +17,22 @@ var errNotLinux = errors.New("docker attestation needs Linux; use process attest
 // NewDocker says that there is none on this system.
 func NewDocker(DockerConfig) (*Docker, error) { return nil, errNotLinux }
 
+// Bind implements broker.Attestor.
 func (*Docker) Bind(context.Context, broker.Registration) (*broker.Workload, error) {
 	return nil, errNotLinux
 }
-func (*Docker) Attest(*broker.Peer, *broker.Workload) error         { return errNotLinux }
-func (*Docker) Alive(*broker.Peer) error                            { return errNotLinux }
+
+// Attest implements broker.Attestor.
+func (*Docker) Attest(*broker.Peer, *broker.Workload) error { return errNotLinux }
+
+// Alive implements broker.Attestor.
+func (*Docker) Alive(*broker.Peer) error { return errNotLinux }
+
+// Watch implements broker.Attestor.
 func (*Docker) Watch(context.Context, func(container string)) error { return errNotLinux }
-func (*Docker) Check(context.Context) (string, error)               { return "", errNotLinux }
+
+// Check implements broker.Attestor.
+func (*Docker) Check(context.Context) (string, error) { return "", errNotLinux }
 
 // Close does nothing.
 func (*Docker) Close() error { return nil }

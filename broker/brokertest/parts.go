@@ -85,6 +85,7 @@ func (a *Attestor) Binds() int {
 	return a.binds
 }
 
+// Bind implements broker.Attestor.
 func (a *Attestor) Bind(_ context.Context, r broker.Registration) (*broker.Workload, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -99,6 +100,7 @@ func (a *Attestor) Bind(_ context.Context, r broker.Registration) (*broker.Workl
 	return c.workload, nil
 }
 
+// Attest implements broker.Attestor.
 func (a *Attestor) Attest(p *broker.Peer, w *broker.Workload) error {
 	a.mu.Lock()
 	c := a.running[w.Name]
@@ -110,6 +112,7 @@ func (a *Attestor) Attest(p *broker.Peer, w *broker.Workload) error {
 	return a.Alive(p)
 }
 
+// Alive implements broker.Attestor.
 func (a *Attestor) Alive(p *broker.Peer) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -119,6 +122,7 @@ func (a *Attestor) Alive(p *broker.Peer) error {
 	return nil
 }
 
+// Watch implements broker.Attestor.
 func (a *Attestor) Watch(ctx context.Context, changed func(string)) error {
 	a.mu.Lock()
 	a.changed = changed
@@ -127,6 +131,7 @@ func (a *Attestor) Watch(ctx context.Context, changed func(string)) error {
 	return ctx.Err()
 }
 
+// Check implements broker.Attestor.
 func (a *Attestor) Check(context.Context) (string, error) { return "pidfd+ns", nil }
 
 // Sockets remembers which servers' sockets are open.
@@ -145,10 +150,12 @@ func (s *Sockets) Opened() []broker.ServerKey {
 	return slices.Collect(maps.Keys(s.open))
 }
 
+// Directory implements broker.Sockets.
 func (s *Sockets) Directory(k broker.ServerKey) (string, error) {
 	return fmt.Sprintf("/servers/%x", k.String()), nil
 }
 
+// Open implements broker.Sockets.
 func (s *Sockets) Open(k broker.ServerKey) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -156,6 +163,7 @@ func (s *Sockets) Open(k broker.ServerKey) error {
 	return nil
 }
 
+// Close implements broker.Sockets.
 func (s *Sockets) Close(k broker.ServerKey) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -105,8 +105,10 @@ func (p *Provider) locked(f func()) {
 	f()
 }
 
+// Info implements broker.Provider.
 func (p *Provider) Info() broker.ProviderInfo { return p.info }
 
+// Check implements broker.Provider.
 func (p *Provider) Check(context.Context) error { return nil }
 
 // Login begins a new session for the subject that the code names.
@@ -120,6 +122,7 @@ func (p *Provider) Login(_ context.Context, c broker.CodeGrant) (id broker.Ident
 	return id, iss, nil
 }
 
+// Refresh implements broker.Provider.
 func (p *Provider) Refresh(_ context.Context, refresh broker.Secret, sub string, _ []string) (id broker.Identity, iss broker.Issued, err error) {
 	a := p.begin("refresh")
 	if a.Before != nil {
@@ -170,6 +173,7 @@ func (p *Provider) owner(refresh string) (string, bool) {
 	return "", false
 }
 
+// Exchange implements broker.Provider.
 func (p *Provider) Exchange(_ context.Context, access broker.Secret, t broker.Target) (iss broker.Issued, err error) {
 	p.locked(func() {
 		p.calls["exchange"]++
@@ -184,6 +188,7 @@ func (p *Provider) Exchange(_ context.Context, access broker.Secret, t broker.Ta
 	return iss, err
 }
 
+// Revoke implements broker.Provider.
 func (p *Provider) Revoke(_ context.Context, refresh broker.Secret) error {
 	p.locked(func() {
 		p.calls["revoke"]++
