@@ -1,6 +1,7 @@
 package broker_test
 
 import (
+	"context"
 	"fmt"
 	"strings"
 	"sync"
@@ -15,8 +16,9 @@ import (
 	"tokenbroker/broker/brokertest"
 )
 
-// seenBy is when a change of roles at the provider counts at the latest.
-const seenBy = broker.RecheckWithin + 250*time.Millisecond
+// seenBy is when a change of roles at the provider counts at the latest: what the
+// README says, and the lease.
+const seenBy = time.Minute + 250*time.Millisecond
 
 // afterALook waits until alice has just been looked at, which is the worst moment
 // for a change: the next look is a round away.
@@ -52,8 +54,7 @@ func TestALostRoleIsRefusedWithinTheRecheckAlthoughTheTokenIsValid(t *testing.T)
 				was := r.grant("alice")
 				r.afterALook()
 				r.provider.SetRoles("alice", tt.left...)
-				time.Sleep(seenBy)
-				r.refused(p, broker.Want{}, broker.ErrDenied)
+				r.refusedSoon(p, was)
 				is := r.grant("alice")
 				if n := r.provider.Calls("refresh") - before; n != tt.refreshes || is.Version != was.Version+int64(n) || is.Epoch <= was.Epoch {
 					t.Errorf("%d refreshes, version %d → %d, epoch %d → %d", n, was.Version, is.Version, was.Epoch, is.Epoch)
@@ -65,6 +66,26 @@ func TestALostRoleIsRefusedWithinTheRecheckAlthoughTheTokenIsValid(t *testing.T)
 			})
 		})
 	}
+}
+
+// refusedSoon fails unless p, who asks all the time, is denied within seenBy, and
+// within the lease once his grant is no longer was.
+func (r *rig) refusedSoon(p *broker.Peer, was broker.Grant) {
+	r.t.Helper()
+	var moved time.Time
+	for deadline := time.Now().Add(seenBy); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		if _, err := r.Token(context.Background(), p, broker.Want{}); err != nil {
+			refused(r.t, err, broker.ErrDenied)
+			return
+		}
+		if moved.IsZero() && r.grant(p.Server.User).Epoch != was.Epoch {
+			moved = time.Now()
+		}
+		if !moved.IsZero() && time.Since(moved) > 250*time.Millisecond {
+			r.t.Fatal("a token was issued although the roles are known to be others")
+		}
+	}
+	r.refused(p, broker.Want{}, broker.ErrDenied)
 }
 
 func TestAGainedRoleWorksWithoutALogin(t *testing.T) {
@@ -332,50 +353,126 @@ func TestEachGrantIsLookedAtOncePerRoundAFewAtATime(t *testing.T) {
 }
 
 func TestAProviderThatDoesNotAnswerIsLeftAloneUntilTheNextRound(t *testing.T) {
-	inBubble(t, func(r *rig) {
-		var users []broker.UserID
-		for i := range 40 {
-			users = append(users, broker.UserID(fmt.Sprintf("user-%d", i)))
-		}
-		r.allRunning(users)
-		r.provider.OnLook(func(*broker.Identity) error {
-			time.Sleep(3 * time.Second)
-			return &broker.ProviderError{Class: broker.TryLater, Reason: "no_answer"}
+	for _, tt := range []struct {
+		name     string
+		fails    func(n int32) bool
+		min, max int // looks at 40 grants in two rounds and less
+	}{
+		{"never an answer", func(int32) bool { return true }, 2 * 3, 2 * 6},
+		{"every other time", func(n int32) bool { return n%2 == 0 }, 70, 80},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inBubble(t, func(r *rig) {
+				var users []broker.UserID
+				for i := range 40 {
+					users = append(users, broker.UserID(fmt.Sprintf("user-%d", i)))
+				}
+				r.allRunning(users)
+				var n atomic.Int32
+				r.provider.OnLook(func(*broker.Identity) error {
+					if !tt.fails(n.Add(1)) {
+						return nil
+					}
+					return &broker.ProviderError{Class: broker.TryLater, Reason: "no_answer"}
+				})
+				time.Sleep(broker.RecheckWithin + broker.RecheckWithin/2 - time.Second)
+				if got := r.provider.Calls("look"); got < tt.min || got > tt.max {
+					t.Errorf("%d looks, want %d to %d", got, tt.min, tt.max)
+				}
+			})
 		})
-		before := r.provider.Calls("look")
-		time.Sleep(broker.RecheckWithin)
-		if n := r.provider.Calls("look") - before; n < 2 || n > 2*8 {
-			t.Errorf("%d looks in two rounds at a provider that does not answer", n)
+	}
+}
+
+func TestARefreshUnderWayElsewhereSeesTheRolesItself(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.provider.SetLife(10 * time.Second)
+		handle := r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second() // runs no server of hers, so it does not look
+		defer other.Close()
+		r.afterALook()
+		r.provider.SetRoles("alice", "student")
+		time.Sleep(20 * time.Second)
+		was := r.grant("alice")
+		r.provider.Next(brokertest.Answer{Before: func() { time.Sleep(25 * time.Second) }})
+		var refresh sync.WaitGroup
+		refresh.Go(func() {
+			other.RefreshHub(context.Background(), "main", "keycloak", handle) // its patience ends, the refresh goes on
+		})
+		looks := r.provider.Calls("look")
+		time.Sleep(20 * time.Second)
+		if r.provider.Calls("look") == looks || r.grant("alice").Epoch != was.Epoch {
+			t.Error("there was no look beside the refresh, or it changed the grant under it")
+		}
+		refresh.Wait()
+		time.Sleep(6 * time.Second) // the refresh's end
+		if r.grant("alice").Version != was.Version+1 {
+			t.Error("the refresh came to nothing")
+		}
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		if n := len(r.audit.entries(t, "roles")) + len(other.audit.entries(t, "roles")); n != 1 {
+			t.Errorf("the change is on record %d times", n)
 		}
 	})
 }
 
 func TestNoTokenIsLookedAtThatIsBeingSpent(t *testing.T) {
 	inBubble(t, func(r *rig) {
-		r.provider.SetLife(time.Minute)
+		r.provider.SetLife(20 * time.Second)
 		r.loggedIn("alice")
 		p := r.running("alice", 100)
-		var spending, beside atomic.Bool
-		slow := func() {
+		var spending, looking, both atomic.Bool
+		spend := func() {
 			spending.Store(true)
-			time.Sleep(25 * time.Second)
+			if looking.Load() {
+				both.Store(true)
+			}
+			time.Sleep(40 * time.Second) // past the next look
 			spending.Store(false)
 		}
+		var asking sync.WaitGroup
 		r.provider.OnLook(func(*broker.Identity) error {
+			looking.Store(true)
 			if spending.Load() {
-				beside.Store(true)
+				both.Store(true)
 			}
+			asking.Go(func() { r.Token(context.Background(), p, broker.Want{}) })
+			time.Sleep(2 * time.Second)
+			looking.Store(false)
 			return nil
 		})
-		for range 20 {
-			r.provider.Next(brokertest.Answer{Before: slow})
-			r.token(p, broker.Want{MinTTL: 59 * time.Second})
-			time.Sleep(31 * time.Second)
+		for range 10 {
+			r.provider.Next(brokertest.Answer{Before: spend})
+			time.Sleep(2 * time.Minute)
 		}
-		if beside.Load() {
-			t.Error("a token was looked at while it was spent")
+		asking.Wait()
+		if looks, spent := r.provider.Calls("look"), r.provider.Calls("refresh"); looks < 10 || spent < 10 {
+			t.Fatalf("%d looks and %d refreshes: they had no occasion to meet", looks, spent)
+		}
+		if both.Load() {
+			t.Error("a token was looked at while it was being spent")
 		}
 	})
+}
+
+func TestARoleClaimThatOnlyALookShowsIsNotBelieved(t *testing.T) {
+	provider := brokertest.NewProvider("keycloak", func(i *broker.ProviderInfo) { i.RoleClaims = []string{"roles", "groups"} })
+	inBubble(t, func(r *rig) {
+		provider.SetRoles("alice", "researcher")
+		r.provider = provider
+		r.loggedIn("alice")
+		r.running("alice", 100)
+		was := r.grant("alice")
+		provider.OnLook(func(id *broker.Identity) error { id.Roles = append(id.Roles, "groups//admins"); return nil })
+		time.Sleep(3 * seenBy)
+		if is := r.grant("alice"); is.Epoch != was.Epoch || len(is.Roles) != 1 {
+			t.Errorf("roles %v → %v", was.Roles, is.Roles)
+		}
+		if provider.Calls("look") == 0 {
+			t.Error("nobody looked")
+		}
+	}, func(c *broker.Config) { c.Providers = []broker.Provider{provider} })
 }
 
 func TestTwoBrokersThatSeeTheSameChangeMakeItOnce(t *testing.T) {
@@ -392,6 +489,8 @@ func TestTwoBrokersThatSeeTheSameChangeMakeItOnce(t *testing.T) {
 			refreshes := r.provider.Calls("refresh")
 			r.afterALook()
 			r.provider.SetRoles("alice", left...)
+			// Both have read the grant before one of them changes it.
+			r.provider.OnLook(func(*broker.Identity) error { time.Sleep(time.Second); return nil })
 			time.Sleep(10 * seenBy)
 			r.refused(p, broker.Want{}, broker.ErrDenied)
 			other.refused(q, broker.Want{}, broker.ErrDenied)
