@@ -83,8 +83,11 @@ func (b *Broker) recheckAll(ctx context.Context, told map[ProviderID]bool) {
 		})
 	}
 	looks.Wait()
+	if ctx.Err() != nil {
+		return
+	}
 	for p, s := range r.seen {
-		b.tell(ctx, p, s, told)
+		b.tell(p, s, told)
 		b.settleEmpty(ctx, p, s)
 	}
 }
@@ -274,9 +277,9 @@ func (b *Broker) confirm(ctx context.Context, l looked, why string) {
 }
 
 // tell says what of a provider could not be seen; that it never can be, once.
-func (b *Broker) tell(ctx context.Context, p ProviderID, s *sight, told map[ProviderID]bool) {
+func (b *Broker) tell(p ProviderID, s *sight, told map[ProviderID]bool) {
 	switch {
-	case s.err == nil, ctx.Err() != nil, told[p]:
+	case s.err == nil, told[p]:
 	case unsupported(s.err):
 		told[p] = true
 		b.cfg.Log.Info("the provider does not show roles between refreshes; they are seen at refreshes only", "provider", p)
