@@ -243,8 +243,8 @@ def test_a_role_taken_away_while_the_token_is_valid_is_refused_within_the_rechec
     try:
         Browser().log_in(hub.url, "carol")
         carol = hub.spawn("carol")
-        token = carol.ask(STORAGE).token
-        assert claims(token)["exp"] - time.time() > 4 * within - 10
+        # One of the old life may still be in the cache.
+        wait_for("a token of the new life", lambda: claims(carol.ask(STORAGE).token)["exp"] - time.time() > 3 * within, 90)
         codes = faults.count(CODE)
 
         start = time.monotonic()
