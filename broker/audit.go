@@ -20,7 +20,7 @@ type Entry struct {
 	Action    string     `json:"action"`  // token, providers, login, claim, …
 	Outcome   string     `json:"outcome"` // done or refused
 	Code      Code       `json:"code,omitempty"`
-	Reason    string     `json:"reason,omitempty"` // why it was refused, for operators
+	Reason    string     `json:"reason,omitempty"` // why it was refused, or what changed, for operators
 	By        string     `json:"by,omitempty"`     // which administrator
 	Host      HostID     `json:"host"`
 	Hub       HubID      `json:"hub,omitempty"`

@@ -75,7 +75,7 @@ type Broker struct {
 
 	closing chan struct{} // closed by Close
 	work    sync.WaitGroup
-	stop    context.CancelFunc // ends Watch
+	stop    context.CancelFunc // ends Watch and the recheck
 }
 
 // known is a provider with what is known of it without asking, which no request
@@ -170,6 +170,7 @@ func (b *Broker) Start(ctx context.Context) error {
 	b.work.Go(b.settle)
 	b.work.Go(b.keepAlive)
 	b.work.Go(func() { b.attend(keys) })
+	b.work.Go(func() { b.recheck(watch) })
 	b.hint("")
 	return nil
 }

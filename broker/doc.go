@@ -10,6 +10,7 @@
 //	token       token.go     attest, match, decide, cache, refresh, narrow, confirm, record
 //	refresh     refresh.go   begin, send, settle: the write that can't be lost
 //	            keepalive.go a long computation keeps its session
+//	roles       recheck.go   what changes at the provider between refreshes
 //	            failpoint.go where deploy/faults kills it
 //	            heal.go      a store that fell back is put right from journal.go
 //	disconnect  revoke.go    epoch and tombstone up, then the revision
@@ -27,6 +28,22 @@
 // each change of rights, so that what was decided before is void. Whoever moves
 // an epoch moves the deployment's revision afterwards, and no answer leaves
 // unless the revision it rests on was current at most 250 ms before.
+//
+// # Roles that change at the provider
+//
+// They show at every refresh, and between refreshes by the recheck: each broker
+// looks at the grants of users with a running server on its host, twice a minute
+// each, spread. A role that is taken away is refused RecheckWithin (60 s) and
+// confirmLease (250 ms) later at the worst, as long as the provider answers and
+// four looks at a time keep up; one that is given works as soon, without a
+// login. It is so where the provider shows the roles of now by a refresh token
+// that it does not spend: Keycloak does, by introspection. Elsewhere they
+// show at refreshes only: the worst case is the life of an access token.
+//
+// A provider that can't be asked changes nothing. If three subjects or more, and
+// all that a broker has seen in one round, have lost their last role, it raises
+// an alarm and waits for the refreshes to say so. Which roles went and came is in
+// the audit, action roles.
 //
 // # What is kept, and where
 //

@@ -34,6 +34,16 @@ type Provider interface {
 	// (RFC 8693). It spends nothing.
 	Exchange(ctx context.Context, access Secret, t Target) (Issued, error)
 
+	// Look says who sub is now, for whom refresh was issued, and spends nothing
+	// (RFC 7662). It fails with class Dead if the provider calls the token
+	// inactive, which some do for an account that is only switched off: a refresh
+	// tells. A provider that doesn't show the roles of now by a refresh token
+	// fails with class Misconfigured and reason "unsupported"; any other error
+	// says that nothing is known. It is not called while this process may be
+	// spending the token. Another broker may be: so it must do a spent token no
+	// harm, and what it says of one counts like what it says of the newest.
+	Look(ctx context.Context, refresh Secret, sub string) (Identity, error)
+
 	// Revoke ends a refresh token (RFC 7009). A dead token is no error.
 	// Unsupported is, of class Config.
 	Revoke(ctx context.Context, refresh Secret) error

@@ -248,6 +248,7 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 	}
 	if err == nil && moved {
 		err = b.move(ctx, began.Key)
+		b.recordRoles(ctx, began, g)
 	}
 	return t, err
 }

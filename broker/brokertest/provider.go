@@ -1,6 +1,7 @@
 package brokertest
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"fmt"
@@ -28,6 +29,7 @@ type Provider struct {
 	calls    map[string]int
 	revoked  []string
 	answers  []Answer
+	onLook   func(*broker.Identity) error
 }
 
 type session struct {
@@ -77,10 +79,13 @@ func (p *Provider) SetRoles(sub string, roles ...string) { p.locked(func() { p.r
 // Next queues answers for the refreshes to come.
 func (p *Provider) Next(a ...Answer) { p.locked(func() { p.answers = append(p.answers, a...) }) }
 
+// OnLook has f change or refuse what Look answers; nil: nobody does.
+func (p *Provider) OnLook(f func(*broker.Identity) error) { p.locked(func() { p.onLook = f }) }
+
 // EndSession ends a subject's session: no token of it works any more.
 func (p *Provider) EndSession(sub string) { p.locked(func() { delete(p.sessions, sub) }) }
 
-// Calls returns how often "login", "refresh", "exchange" or "revoke" was called.
+// Calls returns how often "login", "refresh", "exchange", "look" or "revoke" was called.
 func (p *Provider) Calls(what string) (n int) { p.locked(func() { n = p.calls[what] }); return n }
 
 // Revoked returns the refresh tokens that were revoked.
@@ -186,6 +191,29 @@ func (p *Provider) Exchange(_ context.Context, access broker.Secret, t broker.Ta
 		err = &broker.ProviderError{Class: broker.Dead, Reason: "session_ended", Status: 400}
 	})
 	return iss, err
+}
+
+// Look shows a subject's roles by any refresh token of its session, as Keycloak
+// does. It spends nothing.
+func (p *Provider) Look(_ context.Context, refresh broker.Secret, sub string) (id broker.Identity, err error) {
+	var edit func(*broker.Identity) error
+	p.locked(func() {
+		p.calls["look"]++
+		id, edit = p.identity(sub), p.onLook
+		if !p.alive(refresh.Reveal(), sub) {
+			err = &broker.ProviderError{Class: broker.Dead, Reason: "session_ended", Status: 200}
+		}
+	})
+	if edit != nil {
+		err = cmp.Or(edit(&id), err)
+	}
+	return id, err
+}
+
+// alive says whether a refresh token, spent or not, is of sub's session.
+func (p *Provider) alive(refresh, sub string) bool {
+	s := p.sessions[sub]
+	return s != nil && (s.refresh == refresh || slices.Contains(s.spent, refresh)) && (p.idle == 0 || time.Since(s.used) <= p.idle)
 }
 
 // Revoke implements broker.Provider.

@@ -208,6 +208,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.login(w, r)
 	case r.URL.Path == "/logged-out", r.URL.Path == "/":
 		s.notice(w)
+	case kind == Introspect && s.introspectRefresh(w, r):
 	case kind == Code, kind == Refresh, kind == Exchange:
 		s.faults.serve(w, r, s.oidc)
 	default:

@@ -5,6 +5,7 @@ package devidp_test
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -324,5 +325,44 @@ func TestACallbackBeforeTheClickIsRefused(t *testing.T) {
 	resp.Body.Close()
 	if back, err := resp.Location(); err != nil || back.Query().Get("error") != "interaction_required" || back.Query().Has("code") {
 		t.Errorf("got %v, %v, want interaction_required", back, err)
+	}
+}
+
+func TestIntrospectionOfARefreshTokenShowsTheRolesOfNowAndSpendsNothing(t *testing.T) {
+	s, issuer := start(t, devidp.Config{})
+	a := login(t, s, issuer, "alice")
+	check(t, s.SetRoles("alice", "student"))
+	got := active(t, s, issuer, a["refresh_token"])
+	if roles := fmt.Sprint(got["roles"]); got["active"] != true || got["typ"] != "Refresh" || got["sub"] != s.Sub("alice") || roles != "[student]" {
+		t.Errorf("got %v", got)
+	}
+	status, next := refresh(t, s, issuer, a["refresh_token"])
+	if status != http.StatusOK {
+		t.Fatalf("a refresh afterwards: got %d %v", status, next)
+	}
+	if got := active(t, s, issuer, a["refresh_token"]); got["active"] != true {
+		t.Errorf("spent: got %v, want active as at Keycloak", got)
+	}
+	check(t, s.Disable("alice"))
+	if got := active(t, s, issuer, next["refresh_token"]); got["active"] != false || len(got) != 1 {
+		t.Errorf("disabled: got %v, want only inactive", got)
+	}
+	check(t, s.Enable("alice"))
+	check(t, s.EndSession("alice"))
+	if got := active(t, s, issuer, next["refresh_token"]); got["active"] != false {
+		t.Errorf("ended: got %v", got)
+	}
+	resp, err := http.PostForm(issuer+"/oauth/introspect", url.Values{"token": {next["refresh_token"].(string)}, "client_id": {"jupyterhub"}, "client_secret": {"wrong"}})
+	check(t, err)
+	resp.Body.Close()
+	if resp.StatusCode/100 == 2 {
+		t.Errorf("without credentials: got %d", resp.StatusCode)
+	}
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
 	}
 }

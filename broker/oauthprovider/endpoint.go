@@ -38,6 +38,7 @@ const (
 	opRefresh
 	opExchange
 	opRevoke
+	opIntrospect
 	opLook // discovery and the like
 )
 

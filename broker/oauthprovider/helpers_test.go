@@ -1,6 +1,7 @@
 package oauthprovider_test
 
 import (
+	"encoding/json"
 	"errors"
 	"testing"
 
@@ -18,4 +19,13 @@ func wantClass(t *testing.T, err error, class broker.ProviderClass, reason strin
 		t.Fatalf("got %s (%s): %v, want %s (%s)", e.Class, e.Reason, err, class, reason)
 	}
 	return e
+}
+
+func mustJSON(t *testing.T, v any) string {
+	t.Helper()
+	b, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
 }

@@ -85,19 +85,24 @@ func (p *Provider) identity(ctx context.Context, m *metadata, a *answer, sub str
 		}
 		who.Known = true
 	}
+	who.Roles = p.roles(id, access, user)
+	who.Username = cmp.Or(id.text("preferred_username"), access.text("preferred_username"), user.text("preferred_username"))
+	return who
+}
+
+// roles takes each configured claim from the first of the sources that has it.
+func (p *Provider) roles(sources ...claims) (roles []string) {
 	for _, name := range p.cfg.Roles {
-		for _, from := range []claims{id, access, user} {
+		for _, from := range sources {
 			if v, ok := from.find(name); ok {
 				for _, r := range values(v) {
-					who.Roles = append(who.Roles, name+"/"+r)
+					roles = append(roles, name+"/"+r)
 				}
 				break
 			}
 		}
 	}
-	who.Roles = set(who.Roles)
-	who.Username = cmp.Or(id.text("preferred_username"), access.text("preferred_username"), user.text("preferred_username"))
-	return who
+	return set(roles)
 }
 
 // looksFurther reports whether the userinfo endpoint may know more about roles

@@ -19,13 +19,14 @@ import (
 
 // metadata is what we need of a discovery document, and what is made of it.
 type metadata struct {
-	Issuer      string   `json:"issuer"`
-	Token       string   `json:"token_endpoint"`
-	Userinfo    string   `json:"userinfo_endpoint"`
-	JWKS        string   `json:"jwks_uri"`
-	Revocation  string   `json:"revocation_endpoint"`
-	AuthStyles  []string `json:"token_endpoint_auth_methods_supported"`
-	IDTokenAlgs []string `json:"id_token_signing_alg_values_supported"`
+	Issuer        string   `json:"issuer"`
+	Token         string   `json:"token_endpoint"`
+	Userinfo      string   `json:"userinfo_endpoint"`
+	JWKS          string   `json:"jwks_uri"`
+	Revocation    string   `json:"revocation_endpoint"`
+	Introspection string   `json:"introspection_endpoint"`
+	AuthStyles    []string `json:"token_endpoint_auth_methods_supported"`
+	IDTokenAlgs   []string `json:"id_token_signing_alg_values_supported"`
 
 	oidc     *oidc.Provider
 	verifier *oidc.IDTokenVerifier // nil: there are no keys to verify with
@@ -89,7 +90,7 @@ func (p *Provider) learn(m *metadata) {
 
 func (m *metadata) same(n *metadata) bool {
 	return m.Token == n.Token && m.Userinfo == n.Userinfo && m.JWKS == n.JWKS && m.Revocation == n.Revocation &&
-		slices.Equal(m.AuthStyles, n.AuthStyles) && slices.Equal(m.IDTokenAlgs, n.IDTokenAlgs)
+		m.Introspection == n.Introspection && slices.Equal(m.AuthStyles, n.AuthStyles) && slices.Equal(m.IDTokenAlgs, n.IDTokenAlgs)
 }
 
 // discover reads the discovery document. go-oidc's own reader would put the
@@ -124,7 +125,7 @@ func (p *Provider) discover(ctx context.Context) (*metadata, error) {
 // where m was read; a document that came by https can't send us to http.
 func (p *Provider) use(m *metadata, from string) (*metadata, error) {
 	e := p.cfg.Endpoints
-	for _, u := range []string{m.Token, m.Userinfo, m.JWKS, m.Revocation} {
+	for _, u := range []string{m.Token, m.Userinfo, m.JWKS, m.Revocation, m.Introspection} {
 		if u != "" && (!isURL(u) || strings.HasPrefix(from, "https:") && !strings.HasPrefix(u, "https:")) {
 			return nil, &broker.ProviderError{
 				Class: broker.Misconfigured, Reason: "endpoint_unsafe", Status: http.StatusOK,
@@ -136,6 +137,7 @@ func (p *Provider) use(m *metadata, from string) (*metadata, error) {
 	m.Userinfo = cmp.Or(e.Userinfo, m.Userinfo)
 	m.JWKS = cmp.Or(e.JWKS, m.JWKS)
 	m.Revocation = cmp.Or(e.Revocation, m.Revocation)
+	m.Introspection = cmp.Or(e.Introspection, m.Introspection)
 	algs := slices.DeleteFunc(slices.Clone(m.IDTokenAlgs), func(a string) bool { return !slices.Contains(algorithms, a) })
 
 	ctx := oidc.ClientContext(context.Background(), p.look)

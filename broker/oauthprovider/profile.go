@@ -13,7 +13,11 @@ type profile struct {
 	// userinfoRoles says that a role claim which the tokens don't have may still
 	// be in the userinfo answer. Where it is false an absent claim is empty.
 	userinfoRoles bool
-	rules         []rule
+	// introspects are the types by which an introspection answer says that it is
+	// about a refresh token, for servers that then show the roles of now and take
+	// no offence at a spent token. Empty: the server is not asked.
+	introspects []string
+	rules       []rule
 }
 
 var profiles = map[string]profile{
@@ -40,6 +44,9 @@ var profiles = map[string]profile{
 		// on 26.5.5): refreshes then bring no ID token and no openid, the hub's
 		// userinfo call gets 403, and the hub logs the user out.
 		exchanged: []string{"openid"},
+		// The roles are computed anew (measured on 26.5.5). A spent token is called
+		// active, too, and ends nothing.
+		introspects: []string{"Refresh", "Offline"},
 		rules: []rule{
 			{opRefresh, "invalid_grant", "User disabled", broker.Disabled, "user_disabled"},
 			{opRefresh, "invalid_grant", "Token is not active", broker.Dead, "expired"},

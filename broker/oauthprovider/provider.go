@@ -6,6 +6,7 @@
 //	endpoint.go   the token-endpoint client: one POST, never repeated
 //	answer.go     what a token answer says
 //	identity.go   whom it is about, and their roles
+//	introspect.go the same between refreshes, without spending anything
 //	classify.go   what a refusal means for the grant
 //	profile.go    the families of servers
 //
@@ -73,8 +74,7 @@ type Config struct {
 	Log     *slog.Logger  // nil: none
 }
 
-// Endpoints are URLs. Empty ones come from discovery. Introspection is not asked
-// by anything yet.
+// Endpoints are URLs. Empty ones come from discovery.
 type Endpoints struct {
 	Token, Userinfo, JWKS, Revocation, Introspection string
 }

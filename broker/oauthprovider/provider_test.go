@@ -394,3 +394,42 @@ func TestNothingPrintsASecret(t *testing.T) {
 		t.Error("the error holds the refresh token")
 	}
 }
+
+func TestALookSpendsNothingAndShowsTheRolesOfNow(t *testing.T) {
+	l := newLab(t, nil)
+	who, got := l.login(t, "alice")
+	if err := l.idp.SetRoles("alice", "student"); err != nil {
+		t.Fatal(err)
+	}
+	want := broker.Identity{Sub: "sub-alice", Username: "alice", Roles: []string{"groups//lab-a", "roles/student"}, Known: true}
+	for range 2 {
+		now, err := l.Look(t.Context(), got.RefreshToken, who.Sub)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(want, now); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+	}
+	fresh, newer, err := l.Refresh(t.Context(), got.RefreshToken, who.Sub, nil)
+	if err != nil {
+		t.Fatalf("a refresh after looks: %v", err)
+	}
+	if diff := cmp.Diff(want, fresh); diff != "" {
+		t.Errorf("a look and a refresh tell two things (-look +refresh):\n%s", diff)
+	}
+	if _, err := l.Look(t.Context(), got.RefreshToken, who.Sub); err != nil {
+		t.Errorf("a look at the spent token: %v", err)
+	}
+	if err := l.idp.Disable("alice"); err != nil {
+		t.Fatal(err)
+	}
+	_, err = l.Look(t.Context(), newer.RefreshToken, who.Sub)
+	wantClass(t, err, broker.Dead, "session_ended")
+	if err := l.idp.Enable("alice"); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := l.Refresh(t.Context(), newer.RefreshToken, who.Sub, nil); err != nil {
+		t.Errorf("a refresh after the account is back: %v", err)
+	}
+}

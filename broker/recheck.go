@@ -1,0 +1,341 @@
+package broker
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"hash/fnv"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// A role that is taken away at the provider shows at the next refresh. Until
+// then, and for a user who asks for nothing new, the broker looks: at each grant
+// whose user has a running server here, in the course of each round, where the
+// provider shows the roles of now without a refresh (Provider.Look).
+//
+// A look is a hint. Roles that are others are believed at once. What may as well
+// be the provider's way of telling is confirmed by a refresh, which decides: a
+// token that is called inactive (the account may only be switched off), and a
+// role claim that comes or goes as a whole (a provider may put it into tokens and
+// not into what it tells about them). No answer, and no role for anybody any
+// more, mean that nothing is known, and change nothing.
+const (
+	// RecheckWithin is how long a change of roles may go unseen at the worst: a
+	// role is taken away right after a look, the next look comes one round later,
+	// and what it says counts when that round is over.
+	RecheckWithin = 2 * recheckEvery
+	recheckEvery  = 30 * time.Second
+	// recheckSpread is the part of a round over which its looks are spread, each
+	// grant at its own point. The rest is for the answers.
+	recheckSpread = recheckEvery - 2*lookWithin
+	// lookWithin bounds one look, and with it how long a refresh waits for one.
+	lookWithin = 3 * time.Second
+	// looksAtOnce bounds what one broker asks at the same time.
+	looksAtOnce = 4
+	// confirmWithin is how long a round waits for a refresh, which goes on.
+	confirmWithin = 10 * time.Second
+	// looksFailed is after how many looks in a row without an answer a provider
+	// is left alone until the next round.
+	looksFailed = 3
+	// stormFrom is of how many subjects it is not believed that all of them have
+	// lost their last role in one round.
+	stormFrom = 3
+)
+
+// recheck works until ctx ends.
+func (b *Broker) recheck(ctx context.Context) {
+	tick := time.NewTicker(recheckEvery)
+	defer tick.Stop()
+	told := make(map[ProviderID]bool) // that it can't be looked at
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			b.recheckAll(ctx, told)
+		}
+	}
+}
+
+// recheckAll is one round.
+func (b *Broker) recheckAll(ctx context.Context, told map[ProviderID]bool) {
+	due, err := b.dueHere(ctx)
+	if err != nil {
+		b.cfg.Log.Warn("roles can't be rechecked at the moment", "err", err)
+	}
+	r := round{seen: make(map[ProviderID]*sight)}
+	began, slots := time.Now(), make(chan struct{}, looksAtOnce)
+	var looks sync.WaitGroup
+	for _, k := range due {
+		if r.givenUp(k.Provider) {
+			continue
+		}
+		if pause(ctx, time.Until(began.Add(k.recheckAt()))) != nil {
+			break
+		}
+		slots <- struct{}{}
+		looks.Go(func() {
+			defer func() { <-slots }()
+			b.recheckOne(ctx, &r, k)
+		})
+	}
+	looks.Wait()
+	if ctx.Err() != nil {
+		return
+	}
+	for p, s := range r.seen {
+		b.tell(p, s, told)
+		b.settleEmpty(ctx, p, s)
+	}
+}
+
+// dueHere are the grants of users with a running server here, in the order of
+// their turns.
+func (b *Broker) dueHere(ctx context.Context) (due []GrantKey, err error) {
+	for k := range b.usersHere() {
+		v, err := b.match(ctx, k.hub, k.user)
+		if err != nil {
+			return nil, err
+		}
+		for _, g := range v.grants {
+			if g.State == Live {
+				due = append(due, g.Key)
+			}
+		}
+	}
+	slices.SortFunc(due, func(a, b GrantKey) int { return cmp.Compare(a.recheckAt(), b.recheckAt()) })
+	return due, nil
+}
+
+// recheckAt is when in a round k has its turn.
+func (k GrantKey) recheckAt() time.Duration {
+	h := fnv.New32a()
+	h.Write([]byte(k.String()))
+	return time.Duration(h.Sum32()%1000) * recheckSpread / 1000
+}
+
+// A round is what one round has shown. Its looks share it.
+type round struct {
+	mu   sync.Mutex // guards what seen points to
+	seen map[ProviderID]*sight
+}
+
+// A sight is what a round has shown of one provider.
+type sight struct {
+	failed int             // looks in a row
+	err    error           // of the last look that failed
+	had    map[string]bool // subjects that were seen and had roles → they have none now
+	empty  []looked        // theirs; what becomes of them is decided at the end
+}
+
+// A looked is a grant as it was when its provider was asked, and when that was.
+type looked struct {
+	Grant
+	at time.Time
+}
+
+// note changes what r knows of p.
+func (r *round) note(p ProviderID, f func(s *sight)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := r.seen[p]
+	if s == nil {
+		s = &sight{had: make(map[string]bool)}
+		r.seen[p] = s
+	}
+	f(s)
+}
+
+func (r *round) givenUp(p ProviderID) (yes bool) {
+	r.note(p, func(s *sight) { yes = s.failed >= looksFailed || unsupported(s.err) })
+	return yes
+}
+
+func unsupported(err error) bool {
+	var pe *ProviderError
+	return errors.As(err, &pe) && pe.Class == Misconfigured && pe.Reason == "unsupported"
+}
+
+// recheckOne looks at k and does what follows at once.
+func (b *Broker) recheckOne(ctx context.Context, r *round, k GrantKey) {
+	l, id, err := b.lookAt(ctx, k)
+	var pe *ProviderError
+	switch {
+	case errors.Is(err, errMoved):
+		return // to be seen at a refresh, or no longer ours to see
+	case errors.As(err, &pe) && (pe.Class == Dead || pe.Class == Disabled):
+		b.confirm(ctx, l, pe.Reason)
+		return
+	case err != nil || !id.Known:
+		r.note(k.Provider, func(s *sight) { s.failed, s.err = s.failed+1, err })
+		return
+	}
+	roles := canonical(k.Provider, id.Roles)
+	r.note(k.Provider, func(s *sight) { s.add(l, roles) })
+	switch {
+	case slices.Equal(roles, l.Roles), len(roles) == 0:
+	case !slices.Equal(b.claimsOf(k.Provider, roles), b.claimsOf(k.Provider, l.Roles)):
+		b.confirm(ctx, l, "a role claim came or went")
+	default:
+		b.setRoles(ctx, l, roles)
+	}
+}
+
+// add notes that l has roles now.
+func (s *sight) add(l looked, roles []string) {
+	s.failed = 0
+	if len(l.Roles) == 0 {
+		return
+	}
+	s.had[l.Key.Sub] = len(roles) == 0
+	if len(roles) == 0 {
+		s.empty = append(s.empty, l)
+	}
+}
+
+// lookAt asks the provider who k's subject is now, in k's turn, so that the
+// token it asks with is not being spent here. errMoved: there is nothing to ask.
+func (b *Broker) lookAt(ctx context.Context, k GrantKey) (l looked, id Identity, err error) {
+	p, err := b.provider(k.Provider)
+	if err != nil {
+		return l, id, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, lookWithin)
+	defer cancel()
+	leave, err := b.turns.take(ctx, k)
+	if err != nil {
+		return l, id, errMoved // a refresh takes its time, and sees the roles itself
+	}
+	defer leave()
+	if err := b.pulse.sync(ctx); err != nil {
+		return l, id, err
+	}
+	l.at = b.pulse.now()
+	if l.Grant, err = b.loadGrant(ctx, k); err != nil {
+		return l, id, err
+	}
+	if l.State != Live || l.usable(p.Info().Issuer) != nil || l.Refresh.IsZero() {
+		return l, id, errMoved
+	}
+	id, err = p.Look(ctx, l.Refresh, k.Sub)
+	return l, id, err
+}
+
+// claimsOf are p's role claims that have a value in roles.
+func (b *Broker) claimsOf(p ProviderID, roles []string) (names []string) {
+	for _, c := range b.providers[p].Info().RoleClaims {
+		prefix := string(p) + ":" + c + "/"
+		if slices.ContainsFunc(roles, func(r string) bool { return strings.HasPrefix(r, prefix) }) {
+			names = append(names, c)
+		}
+	}
+	return names
+}
+
+// setRoles gives l other roles, unless the grant is no longer what was looked at
+// or a refresh is under way, which sees the roles itself. Then the next round
+// looks again.
+func (b *Broker) setRoles(ctx context.Context, l looked, roles []string) {
+	ctx = context.WithoutCancel(ctx) // what is changed is also told
+	g, err := b.changeGrant(ctx, l.Key, func(g *Grant, exists bool) error {
+		now := b.pulse.now()
+		if !exists || g.Version != l.Version || g.Epoch != l.Epoch || g.Lease.Until.After(now) {
+			return errMoved
+		}
+		g.Roles, g.Epoch = roles, later(g.Epoch, now)
+		return nil
+	})
+	if err == nil {
+		err = b.move(ctx, l.Key)
+		b.recordRoles(ctx, l.Grant, g)
+	}
+	if err != nil && !errors.Is(err, errMoved) {
+		b.cfg.Log.Warn("roles that changed could not be stored; they are looked at again", "grant", l.Key, "err", err)
+	}
+}
+
+// confirm refreshes l unless somebody has done so since it was looked at. What
+// comes of it is in the grant.
+func (b *Broker) confirm(ctx context.Context, l looked, why string) {
+	ctx, cancel := context.WithTimeout(ctx, confirmWithin)
+	defer cancel()
+	_, err := b.whole(ctx, l.Key, func(t *cachedToken) bool { return !t.IssuedAt.Before(l.at) })
+	switch {
+	case errors.Is(err, ErrLoginRequired), errors.Is(err, ErrDenied), errors.Is(err, ErrRevoked):
+		return // it is so, and the refresh has logged it
+	case err != nil:
+		b.cfg.Log.Warn("what the provider told about a session could not be confirmed; nothing changes", "grant", l.Key, "why", why, "err", err)
+		return
+	}
+	if g, err := b.loadGrant(ctx, l.Key); err == nil && slices.Equal(g.Roles, l.Roles) {
+		b.cfg.Log.Warn("a refresh does not bear out what the provider told about a session; each recheck costs one while that is so",
+			"grant", l.Key, "why", why)
+	}
+}
+
+// tell says what of a provider could not be seen; that it never can be, once.
+func (b *Broker) tell(p ProviderID, s *sight, told map[ProviderID]bool) {
+	switch {
+	case s.err == nil, told[p]:
+	case unsupported(s.err):
+		told[p] = true
+		b.cfg.Log.Info("the provider does not show roles between refreshes; they are seen at refreshes only", "provider", p)
+	default:
+		b.cfg.Log.Warn("roles could not be rechecked; nothing changes", "provider", p, "err", s.err)
+	}
+}
+
+// settleEmpty decides about p's subjects that have no roles any more.
+func (b *Broker) settleEmpty(ctx context.Context, p ProviderID, s *sight) {
+	if s.stormy() {
+		b.cfg.Log.Error("every subject of a provider has lost its last role at once; that is not believed before a refresh says so",
+			"provider", p, "subjects", len(s.had))
+		return
+	}
+	slots := make(chan struct{}, looksAtOnce)
+	var refreshes sync.WaitGroup
+	for _, l := range s.empty {
+		slots <- struct{}{}
+		refreshes.Go(func() {
+			defer func() { <-slots }()
+			b.confirm(ctx, l, "no roles")
+		})
+	}
+	refreshes.Wait()
+}
+
+// stormy says whether everybody who had roles has none.
+func (s *sight) stormy() bool {
+	for _, none := range s.had {
+		if !none {
+			return false
+		}
+	}
+	return len(s.had) >= stormFrom
+}
+
+// recordRoles writes down which roles a grant lost and gained.
+func (b *Broker) recordRoles(ctx context.Context, was, is Grant) {
+	var gone, gained []string
+	for _, r := range was.Roles {
+		if !slices.Contains(is.Roles, r) {
+			gone = append(gone, r)
+		}
+	}
+	for _, r := range is.Roles {
+		if !slices.Contains(was.Roles, r) {
+			gained = append(gained, r)
+		}
+	}
+	if len(gone)+len(gained) == 0 {
+		return
+	}
+	e := b.entry("roles", nil)
+	e.Hub, e.User, e.Provider, e.Sub, e.Epoch = is.Key.Hub, is.User, is.Key.Provider, is.Key.Sub, is.Epoch
+	e.Reason = "gone: " + strings.Join(gone, " ") + "; gained: " + strings.Join(gained, " ")
+	// The rights have changed all the same; record logs that it can't be written.
+	_ = b.record(ctx, e, nil)
+}
