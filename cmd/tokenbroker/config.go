@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -373,7 +374,7 @@ func readSecret(path string) (broker.Secret, error) {
 	switch {
 	case !info.Mode().IsRegular():
 		return broker.Secret{}, fmt.Errorf("%s is not a file", path)
-	case info.Mode().Perm()&0o077 != 0:
+	case info.Mode().Perm()&others(path) != 0:
 		return broker.Secret{}, fmt.Errorf("%s may be read by others (mode %04o): chmod 0400 %s", path, info.Mode().Perm(), path)
 	case info.Size() > maxSecret:
 		return broker.Secret{}, fmt.Errorf("%s is too large for a secret", path)
@@ -387,6 +388,16 @@ func readSecret(path string) (broker.Secret, error) {
 		return broker.Secret{}, fmt.Errorf("%s is empty", path)
 	}
 	return broker.NewSecret(s), nil
+}
+
+// others are the permissions that a secret must not have. systemd lets a
+// service's user read its credentials by an ACL, whose mask shows as the group's
+// permission; their directory is closed to everybody else.
+func others(path string) fs.FileMode {
+	if dir := os.Getenv("CREDENTIALS_DIRECTORY"); dir != "" && filepath.Dir(path) == filepath.Clean(dir) {
+		return 0o007
+	}
+	return 0o077
 }
 
 // maxSecret is more than any key or password has.

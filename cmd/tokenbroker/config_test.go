@@ -248,7 +248,7 @@ func TestSecretFilesAreClosedToOthers(t *testing.T) {
 func TestSystemdCredentialsComeFirst(t *testing.T) {
 	path, credentials := site(t, minimal), t.TempDir()
 	t.Setenv("CREDENTIALS_DIRECTORY", credentials)
-	write(t, filepath.Join(credentials, "secret"), "from systemd", 0o400)
+	write(t, filepath.Join(credentials, "secret"), "from systemd", 0o440)
 	c, err := load(path)
 	if err != nil {
 		t.Fatal(err)
