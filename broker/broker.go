@@ -167,8 +167,8 @@ func (b *Broker) Start(ctx context.Context) error {
 			b.cfg.Log.Error("containers are no longer watched", "err", err)
 		}
 	})
-	b.work.Go(b.settle)
-	b.work.Go(b.keepAlive)
+	b.work.Go(func() { every(watch, settleEvery, b.settle) })
+	b.work.Go(func() { every(watch, keepAliveEvery, b.keepAll) })
 	b.work.Go(func() { b.attend(keys) })
 	b.work.Go(func() { b.recheck(watch) })
 	b.hint("")

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"runtime/debug"
 	"sync"
+	"time"
 )
 
 // flights runs at most one call per key at a time; whoever asks meanwhile waits
@@ -131,4 +132,38 @@ func (m *marked[K]) has(k K) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.all[k]
+}
+
+// A crowd runs calls, a bounded number at a time.
+type crowd struct {
+	slots chan struct{}
+	wg    sync.WaitGroup
+}
+
+func newCrowd(atOnce int) *crowd { return &crowd{slots: make(chan struct{}, atOnce)} }
+
+// Go waits for a place and runs f.
+func (c *crowd) Go(f func()) {
+	c.slots <- struct{}{}
+	c.wg.Go(func() {
+		defer func() { <-c.slots }()
+		f()
+	})
+}
+
+// Wait returns when all calls have.
+func (c *crowd) Wait() { c.wg.Wait() }
+
+// every calls f each d until ctx ends.
+func every(ctx context.Context, d time.Duration, f func(context.Context)) {
+	tick := time.NewTicker(d)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			f(ctx)
+		}
+	}
 }

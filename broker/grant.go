@@ -38,11 +38,7 @@ type Grant struct {
 	// tombstone: the handles from before are void for ever.
 	EndedAt time.Time
 
-	// Lease is the right to refresh, held by Holder until Until.
-	Lease Lease
-	// Mark is written before the refresh token is sent, so that a crash or a
-	// lost answer can be told from a provider's own decision.
-	Mark Mark
+	Spending // of Refresh
 
 	State  GrantState
 	Reason string    // why State is not live
@@ -72,9 +68,32 @@ type Lease struct {
 
 // A Mark says that a refresh token was about to be sent.
 type Mark struct {
-	Attempt string    // who, unique
-	At      time.Time // when
-	Lost    bool      // an earlier attempt with the same token got no answer
+	Attempt string // who, unique
+	Lost    bool   // an earlier attempt with the same token got no answer
+}
+
+// Spending is what a record holds of the use of its refresh token.
+type Spending struct {
+	// Lease is the right to send the token, held by Holder until Until.
+	Lease Lease
+	// Mark is written before the token is sent, so that a crash or a lost answer
+	// can be told from a provider's own decision.
+	Mark Mark
+}
+
+// begin takes the lease l and leaves the mark.
+func (s *Spending) begin(l Lease) {
+	lost := s.Mark.Attempt != "" // whoever left it never learned the answer
+	s.Lease, s.Mark = l, Mark{Attempt: l.Holder, Lost: lost}
+}
+
+// release gives the lease back. lost keeps the mark, so that the next attempt
+// knows that the provider may have spent the token already.
+func (s *Spending) release(lost bool) {
+	s.Lease = Lease{}
+	if !lost && !s.Mark.Lost {
+		s.Mark = Mark{}
+	}
 }
 
 // grantRecord is a Grant as it is sealed: the one form in which the refresh
@@ -154,11 +173,11 @@ func (g *Grant) usable(issuer string) error {
 	return nil
 }
 
-// end takes g's rights away with a reason. What was decided before is void.
+// end takes g's rights away with a reason. What was decided before is void. An
+// answer may still be on its way, so lease and mark stay.
 func (g *Grant) end(state GrantState, reason string, now time.Time) {
 	g.State, g.Reason, g.Since = state, reason, now
 	g.Epoch = later(g.Epoch, now)
-	g.Lease, g.Mark = Lease{}, Mark{}
 }
 
 func day(t time.Time) string { return t.UTC().Format("2006-01-02 15:04 MST") }

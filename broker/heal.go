@@ -1,7 +1,6 @@
 package broker
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -61,6 +60,7 @@ func (b *Broker) heal(g Grant, e journalEntry, own Grant, has bool) Grant {
 		g = own
 	case g.Tombstone.IsZero():
 		g.end(NeedsLogin, "store_lost", b.pulse.now())
+		g.Spending = Spending{}
 		g.Version = e.Version
 	}
 	g.Epoch, g.EndedAt = max(g.Epoch, epoch), ended
@@ -125,7 +125,7 @@ func (b *Broker) box(g Grant) []byte {
 		b.cfg.Log.Error("a grant can't be sealed for the journal", "grant", g.Key, "err", err)
 		return nil
 	}
-	return bytes.Clone(box)
+	return box
 }
 
 // dismiss takes a provider's answer, which the store has refused, out of the
@@ -168,19 +168,8 @@ func (b *Broker) reconcile(ctx context.Context, atStart bool) error {
 	return b.moveRevision(ctx)
 }
 
-// settle forgets, until the broker closes, what the store has for sure.
-func (b *Broker) settle() {
-	for {
-		select {
-		case <-b.closing:
-			return
-		case <-time.After(settleEvery):
-		}
-		b.settleOnce(context.Background())
-	}
-}
-
-func (b *Broker) settleOnce(ctx context.Context) {
+// settle forgets what the store has for sure.
+func (b *Broker) settle(ctx context.Context) {
 	var boxes []journalEntry
 	for _, e := range b.journal.entries() {
 		if e.Box != nil {

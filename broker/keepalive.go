@@ -20,52 +20,43 @@ const (
 	keepAliveAtOnce = 4
 )
 
-// keepAlive works until the broker closes.
-func (b *Broker) keepAlive() {
-	tick := time.NewTicker(keepAliveEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-b.closing:
-			return
-		case <-tick.C:
-			b.keepAll(context.Background())
-		}
-	}
-}
-
-// keepAll refreshes what is due, a few at a time.
+// keepAll refreshes what is due, a few at a time. What has begun is finished.
 func (b *Broker) keepAll(ctx context.Context) {
-	slots := make(chan struct{}, keepAliveAtOnce)
-	for k := range b.usersHere() {
-		v, err := b.match(ctx, k.hub, k.user)
-		if err != nil {
-			b.cfg.Log.Warn("sessions can't be kept alive at the moment", "err", err)
-			return
-		}
-		for _, g := range v.grants {
-			due := g.keepAt()
-			if g.State != Live || due.IsZero() || due.After(b.pulse.now()) {
-				continue
-			}
-			slots <- struct{}{}
-			b.work.Go(func() {
-				defer func() { <-slots }()
-				b.keepOne(ctx, g, due)
-			})
+	ctx = context.WithoutCancel(ctx)
+	grants, err := b.grantsHere(ctx)
+	if err != nil {
+		b.cfg.Log.Warn("sessions can't be kept alive at the moment", "err", err)
+	}
+	few := newCrowd(keepAliveAtOnce)
+	for _, g := range grants {
+		if due := g.keepAt(); !due.IsZero() && !due.After(b.pulse.now()) {
+			few.Go(func() { b.keepOne(ctx, g, due) })
 		}
 	}
+	few.Wait()
 }
 
-// usersHere are those whose servers run on this host.
-func (b *Broker) usersHere() map[userKey]bool {
+// grantsHere are the live grants of users whose servers run on this host. With
+// an error it returns those that could be read before.
+func (b *Broker) grantsHere(ctx context.Context) (grants []Grant, err error) {
 	users := make(map[userKey]bool)
 	for _, s := range b.servers.list() {
 		if s.State == Bound {
 			users[userKey{s.Key.Hub, s.Key.User}] = true
 		}
 	}
-	return users
+	for k := range users {
+		v, err := b.match(ctx, k.hub, k.user)
+		if err != nil {
+			return grants, err
+		}
+		for _, g := range v.grants {
+			if g.State == Live {
+				grants = append(grants, g)
+			}
+		}
+	}
+	return grants, nil
 }
 
 // keepOne refreshes g unless somebody has done so since it became due. What
@@ -86,8 +77,12 @@ func (g *Grant) keepAt() time.Time {
 	if g.Expires.IsZero() || life < keepAliveSoonest {
 		return time.Time{}
 	}
+	return g.RefreshedAt.Add(life/2 + g.Key.spread(life/4))
+}
+
+// spread is k's own point in a time over which many grants have their turns.
+func (k GrantKey) spread(over time.Duration) time.Duration {
 	h := fnv.New32a()
-	h.Write([]byte(g.Key.String()))
-	spread := time.Duration(h.Sum32()%1000) * (life / 4) / 1000
-	return g.RefreshedAt.Add(life/2 + spread)
+	h.Write([]byte(k.String()))
+	return time.Duration(h.Sum32()%1000) * over / 1000
 }

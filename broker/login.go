@@ -53,14 +53,13 @@ type Session struct {
 // A handleRecord is what a handle, or a refresh token from before the broker,
 // stands for. It is found by its fingerprint; nobody but the hub has the handle.
 type handleRecord struct {
-	Sub     string
-	Pending *pendingLogin // not claimed yet
-	Made    time.Time
-	Given   string    // fingerprint of the token last given for it, and
-	GivenAt time.Time // when
-	Lease   Lease     // a refresh token from before the broker is being spent,
-	Mark    Mark      // or was, and the answer got lost
-	Dead    string    // the provider called it dead: why
+	Sub      string
+	Pending  *pendingLogin // not claimed yet
+	Made     time.Time
+	Given    string    // fingerprint of the token last given for it, and
+	GivenAt  time.Time // when
+	Dead     string    // the provider called it dead: why
+	Spending           // of a refresh token from before the broker
 }
 
 // A pendingLogin lies beside the grant, not in it: a login that the hub then
@@ -284,7 +283,7 @@ func (b *Broker) claim(ctx context.Context, hub HubID, provider ProviderID, hand
 		}
 		return t, err
 	case g.User != "" && g.User != user:
-		return t, Errorf(Denied, "this %s account is linked to another user of the hub", provider)
+		return t, anothers(provider)
 	case t.Pending == nil:
 		return t, t.fits(&g)
 	case !t.Pending.Until.After(b.pulse.now()) && t.Pending.At.After(g.LoginAt):
@@ -329,7 +328,7 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 	g, err := b.changeGrant(ctx, k, func(g *Grant, _ bool) error {
 		switch {
 		case g.User != "" && g.User != user:
-			return Errorf(Denied, "this %s account is linked to another user of the hub", t.provider)
+			return anothers(t.provider)
 		case g.Tombstone.After(login.At), !g.Tombstone.IsZero() && login.Adopted:
 			return g.usable(g.Issuer) // disconnected, and this is no new login
 		case !login.At.After(g.LoginAt):
@@ -366,7 +365,7 @@ func (g *Grant) loggedIn(l *pendingLogin, now time.Time, host HostID) {
 	// that no journal takes what came before for the newer.
 	g.Version = later(g.Version, now)
 	g.Epoch = later(g.Epoch, now)
-	g.Lease, g.Mark = Lease{}, Mark{}
+	g.Spending = Spending{}
 	g.LoginAt, g.RefreshedAt, g.RefreshedBy = l.At, l.At, host
 	token := l.Token.open()
 	g.OutstandingUntil = latest(g.OutstandingUntil, token.outstandingUntil())
@@ -404,6 +403,10 @@ func (b *Broker) lookUp(ctx context.Context, hub HubID, provider ProviderID, han
 	return adopted, nil
 }
 
+func anothers(p ProviderID) error {
+	return Errorf(Denied, "this %s account is linked to another user of the hub", p)
+}
+
 func unknownHandle() error {
 	return Errorf(LoginRequired, "the token broker does not know this session")
 }
@@ -421,7 +424,8 @@ func (b *Broker) adopt(ctx context.Context, p Provider, t ticket) (ticket, error
 		return b.lookUp(ctx, t.hub, t.provider, t.handle)
 	}
 	if time.Since(began) > sendWithin {
-		return t, b.notAdopted(ctx, &t, &ProviderError{Class: TryLater, Err: errors.New("the token broker's store is too slow")})
+		err := b.notAdopted(ctx, &t, &ProviderError{Class: TryLater, Err: errors.New("the token broker's store is too slow")})
+		return t, err
 	}
 	id, iss, err := send(ctx, p, began, t.handle, "", nil)
 	if err == nil && id.Sub == "" {
@@ -437,7 +441,7 @@ func (b *Broker) adopt(ctx context.Context, p Provider, t ticket) (ticket, error
 	login := b.newPending(t.provider, id, iss)
 	login.Adopted = true
 	adopted := t
-	adopted.Sub, adopted.Pending, adopted.Lease, adopted.Mark = id.Sub, login, Lease{}, Mark{}
+	adopted.Sub, adopted.Pending, adopted.Spending = id.Sub, login, Spending{}
 	err = b.insist(ctx, t.record(), func() error {
 		t = adopted
 		return b.saveTicket(ctx, &t)
@@ -455,9 +459,7 @@ func (b *Broker) beginAdoption(ctx context.Context, t *ticket) error {
 		case b.held(h.Lease, now):
 			return Errorf(ProviderDown, "%s is being asked about this session already", t.provider)
 		}
-		attempt := rand.Text()
-		h.Lease = b.lease(attempt, now)
-		h.Mark = Mark{Attempt: attempt, At: now, Lost: h.Mark.Attempt != ""}
+		h.begin(b.lease(now))
 		return nil
 	})
 }
@@ -478,10 +480,7 @@ func (b *Broker) notAdopted(ctx context.Context, t *ticket, err error) error {
 		case pe.Class == Dead:
 			h.Dead = cmp.Or(pe.Reason, "refused")
 		}
-		h.Lease = Lease{}
-		if pe.Class != Lost && !h.Mark.Lost {
-			h.Mark = Mark{}
-		}
+		h.release(pe.Class == Lost)
 		return nil
 	})
 	return cmp.Or(cerr, told(t.provider, pe))

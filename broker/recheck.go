@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"hash/fnv"
 	"slices"
 	"strings"
 	"sync"
@@ -47,42 +46,30 @@ const (
 
 // recheck works until ctx ends.
 func (b *Broker) recheck(ctx context.Context) {
-	tick := time.NewTicker(recheckEvery)
-	defer tick.Stop()
 	told := make(map[ProviderID]bool) // that it can't be looked at
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			b.recheckAll(ctx, told)
-		}
-	}
+	every(ctx, recheckEvery, func(ctx context.Context) { b.recheckAll(ctx, told) })
 }
 
 // recheckAll is one round.
 func (b *Broker) recheckAll(ctx context.Context, told map[ProviderID]bool) {
-	due, err := b.dueHere(ctx)
+	due, err := b.grantsHere(ctx)
 	if err != nil {
 		b.cfg.Log.Warn("roles can't be rechecked at the moment", "err", err)
+		return
 	}
+	slices.SortFunc(due, func(a, b Grant) int { return cmp.Compare(a.Key.recheckAt(), b.Key.recheckAt()) })
 	r := round{seen: make(map[ProviderID]*sight)}
-	began, slots := time.Now(), make(chan struct{}, looksAtOnce)
-	var looks sync.WaitGroup
-	for _, k := range due {
-		if r.givenUp(k.Provider) {
+	began, few := time.Now(), newCrowd(looksAtOnce)
+	for _, g := range due {
+		if r.givenUp(g.Key.Provider) {
 			continue
 		}
-		if pause(ctx, time.Until(began.Add(k.recheckAt()))) != nil {
+		if pause(ctx, time.Until(began.Add(g.Key.recheckAt()))) != nil {
 			break
 		}
-		slots <- struct{}{}
-		looks.Go(func() {
-			defer func() { <-slots }()
-			b.recheckOne(ctx, &r, k)
-		})
+		few.Go(func() { b.recheckOne(ctx, &r, g.Key) })
 	}
-	looks.Wait()
+	few.Wait()
 	if ctx.Err() != nil {
 		return
 	}
@@ -92,30 +79,8 @@ func (b *Broker) recheckAll(ctx context.Context, told map[ProviderID]bool) {
 	}
 }
 
-// dueHere are the grants of users with a running server here, in the order of
-// their turns.
-func (b *Broker) dueHere(ctx context.Context) (due []GrantKey, err error) {
-	for k := range b.usersHere() {
-		v, err := b.match(ctx, k.hub, k.user)
-		if err != nil {
-			return nil, err
-		}
-		for _, g := range v.grants {
-			if g.State == Live {
-				due = append(due, g.Key)
-			}
-		}
-	}
-	slices.SortFunc(due, func(a, b GrantKey) int { return cmp.Compare(a.recheckAt(), b.recheckAt()) })
-	return due, nil
-}
-
 // recheckAt is when in a round k has its turn.
-func (k GrantKey) recheckAt() time.Duration {
-	h := fnv.New32a()
-	h.Write([]byte(k.String()))
-	return time.Duration(h.Sum32()%1000) * recheckSpread / 1000
-}
+func (k GrantKey) recheckAt() time.Duration { return k.spread(recheckSpread) }
 
 // A round is what one round has shown. Its looks share it.
 type round struct {
@@ -295,16 +260,11 @@ func (b *Broker) settleEmpty(ctx context.Context, p ProviderID, s *sight) {
 			"provider", p, "subjects", len(s.had))
 		return
 	}
-	slots := make(chan struct{}, looksAtOnce)
-	var refreshes sync.WaitGroup
+	few := newCrowd(looksAtOnce)
 	for _, l := range s.empty {
-		slots <- struct{}{}
-		refreshes.Go(func() {
-			defer func() { <-slots }()
-			b.confirm(ctx, l, "no roles")
-		})
+		few.Go(func() { b.confirm(ctx, l, "no roles") })
 	}
-	refreshes.Wait()
+	few.Wait()
 }
 
 // stormy says whether everybody who had roles has none.

@@ -163,7 +163,6 @@ func send(ctx context.Context, p Provider, began time.Time, refresh Secret, sub 
 
 // begin takes the lease on k. It is also the pre-flight write.
 func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, error) {
-	attempt := rand.Text()
 	return b.changeGrant(ctx, k, func(g *Grant, exists bool) error {
 		now := b.pulse.now()
 		switch {
@@ -178,15 +177,14 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 		case b.held(g.Lease, now):
 			return errBusy
 		}
-		lost := g.Mark.Attempt != "" // whoever left it never learned the answer
-		g.Lease = b.lease(attempt, now)
-		g.Mark = Mark{Attempt: attempt, At: now, Lost: lost}
+		g.begin(b.lease(now))
 		return nil
 	})
 }
 
-func (b *Broker) lease(attempt string, now time.Time) Lease {
-	return Lease{Holder: attempt, Journal: b.journal.id, Until: now.Add(scaled(leaseFor))}
+// lease is one of our own, held by nobody else.
+func (b *Broker) lease(now time.Time) Lease {
+	return Lease{Holder: rand.Text(), Journal: b.journal.id, Until: now.Add(scaled(leaseFor))}
 }
 
 // held says whether l keeps others out. It does not keep us out if it was taken
@@ -350,58 +348,51 @@ func (b *Broker) quarantine(ctx context.Context, began Grant, iss Issued, reason
 	if began.Mark.Lost {
 		reason = "lost_response"
 	}
-	g, err := b.changeGrant(ctx, began.Key, func(g *Grant, exists bool) error {
-		if err := fence(g, exists, began); err != nil {
-			return err
-		}
-		g.end(NeedsLogin, reason, b.pulse.now())
-		return nil
-	})
-	if err != nil {
-		return err
-	}
 	if !iss.RefreshToken.IsZero() { // somebody else's: the subject changed
-		b.revokeAtProvider(ctx, began.Key.Provider, iss.RefreshToken)
+		defer b.revokeAtProvider(ctx, began.Key.Provider, iss.RefreshToken)
 	}
-	if err := b.move(ctx, began.Key); err != nil {
+	g, err := b.endGrant(ctx, began, NeedsLogin, reason)
+	if err != nil {
 		return err
 	}
 	return g.usable(g.Issuer)
 }
 
 func (b *Broker) disable(ctx context.Context, began Grant) error {
-	_, err := b.changeGrant(ctx, began.Key, func(g *Grant, exists bool) error {
+	if _, err := b.endGrant(ctx, began, GrantDisabled, "account disabled"); err != nil {
+		return err
+	}
+	return disabled(began.Key.Provider)
+}
+
+// endGrant ends the grant that the attempt which began held was about.
+func (b *Broker) endGrant(ctx context.Context, began Grant, state GrantState, reason string) (Grant, error) {
+	g, err := b.changeGrant(ctx, began.Key, func(g *Grant, exists bool) error {
 		if err := fence(g, exists, began); err != nil {
 			return err
 		}
-		g.end(GrantDisabled, "account disabled", b.pulse.now())
+		g.end(state, reason, b.pulse.now())
+		g.Spending = Spending{}
 		return nil
 	})
 	if err == nil {
 		err = b.move(ctx, began.Key)
 	}
-	if err != nil {
-		return err
-	}
-	return disabled(began.Key.Provider)
+	return g, err
 }
 
 func disabled(p ProviderID) error {
 	return Errorf(Denied, "your account is disabled at %s", p)
 }
 
-// release gives the lease back. lost keeps the mark, so that the next attempt
-// knows that the provider may have spent the token already. If the store can't
-// take it the lease runs out by itself, and the mark stays, which says the same.
+// release gives the lease back; see Spending. If the store can't take it the lease
+// runs out by itself, and the mark stays, which says the same as lost.
 func (b *Broker) release(ctx context.Context, began Grant, lost bool) {
 	_, err := b.changeGrant(ctx, began.Key, func(g *Grant, exists bool) error {
 		if !exists || g.Lease.Holder != began.Lease.Holder {
 			return errKeep
 		}
-		g.Lease = Lease{}
-		if !lost && !g.Mark.Lost {
-			g.Mark = Mark{}
-		}
+		g.Spending.release(lost)
 		return nil
 	})
 	if err != nil {

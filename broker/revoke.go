@@ -75,10 +75,7 @@ func (b *Broker) tombstone(ctx context.Context, k GrantKey, user UserID) (Grant,
 		}
 		now := b.pulse.now()
 		g.Tombstone, g.EndedAt = now, now
-		// The lease and the mark stay: an answer may be on its way.
-		lease, mark := g.Lease, g.Mark
 		g.end(Disconnected, "disconnected by an administrator", now)
-		g.Lease, g.Mark = lease, mark
 		return nil
 	})
 }
