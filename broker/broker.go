@@ -151,10 +151,14 @@ func (b *Broker) Start(ctx context.Context) error {
 	if b.journal, err = openJournal(b.cfg.Journal); err != nil {
 		return err
 	}
-	if err := b.reconcile(ctx, true); err != nil {
+	brokenOff, err := b.reconcile(ctx, true)
+	if err != nil {
 		return err
 	}
-	b.pulse.fellBack = func(ctx context.Context) error { return b.reconcile(ctx, false) }
+	b.pulse.fellBack = func(ctx context.Context) error {
+		_, err := b.reconcile(ctx, false)
+		return err
+	}
 	if err := b.restore(ctx); err != nil {
 		return err
 	}
@@ -171,6 +175,7 @@ func (b *Broker) Start(ctx context.Context) error {
 	b.work.Go(func() { every(watch, keepAliveEvery, b.keepAll) })
 	b.work.Go(func() { b.attend(keys) })
 	b.work.Go(func() { b.recheck(watch) })
+	b.work.Go(func() { b.finish(context.WithoutCancel(ctx), brokenOff) })
 	b.hint("")
 	return nil
 }

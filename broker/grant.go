@@ -70,6 +70,9 @@ type Lease struct {
 type Mark struct {
 	Attempt string // who, unique
 	Lost    bool   // an earlier attempt with the same token got no answer
+	// Rest is until when the token is not sent again: the retry got no answer
+	// either. Zero: at once.
+	Rest time.Time
 }
 
 // Spending is what a record holds of the use of its refresh token.
@@ -88,12 +91,27 @@ func (s *Spending) begin(l Lease) {
 }
 
 // release gives the lease back. lost keeps the mark, so that the next attempt
-// knows that the provider may have spent the token already.
-func (s *Spending) release(lost bool) {
+// knows that the provider may have spent the token already. That attempt is the
+// one retry; if it is lost as well, the token rests.
+func (s *Spending) release(lost bool, now time.Time) {
 	s.Lease = Lease{}
-	if !lost && !s.Mark.Lost {
+	switch {
+	case !lost && !s.Mark.Lost:
 		s.Mark = Mark{}
+	case lost && s.Mark.Lost:
+		s.Mark.Rest = now.Add(lostRest)
 	}
+}
+
+// resting says why the token is not sent at the moment; nil: it may be.
+func (s *Spending) resting(p ProviderID, now time.Time) error {
+	rest := s.Mark.Rest.Sub(now)
+	if rest <= 0 {
+		return nil
+	}
+	e := Errorf(ProviderDown, "%s has twice given no answer that can be read", p)
+	e.RetryAfter = rest
+	return e
 }
 
 // grantRecord is a Grant as it is sealed: the one form in which the refresh

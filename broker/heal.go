@@ -138,8 +138,9 @@ func (b *Broker) dismiss(k GrantKey, version int64) {
 
 // reconcile puts the store right in all that this broker has written. It runs
 // whenever the store's revision has fallen, and at the start: then it also gives
-// back the leases that a crash has left, which other brokers wait for.
-func (b *Broker) reconcile(ctx context.Context, atStart bool) error {
+// back the leases that a crash has left, which other brokers wait for, and
+// returns the grants whose refresh the crash broke off.
+func (b *Broker) reconcile(ctx context.Context, atStart bool) (brokenOff []GrantKey, err error) {
 	moved := false
 	for _, e := range b.journal.entries() {
 		wrote := false
@@ -150,22 +151,41 @@ func (b *Broker) reconcile(ctx context.Context, atStart bool) error {
 				return errMoved // nothing to put right
 			case atStart && g.Lease.Journal == b.journal.id:
 				g.Lease = Lease{}
+				if g.Mark.Attempt != "" {
+					brokenOff = append(brokenOff, e.Key)
+				}
 				return nil
 			}
 			return errKeep
 		})
 		switch {
 		case errors.Is(err, ErrUnavailable):
-			return err
+			return nil, err
 		case err != nil && !errors.Is(err, errMoved):
 			b.cfg.Log.Error("a grant can't be compared with the journal", "grant", e.Key, "err", err)
 		}
 		moved = moved || wrote
 	}
 	if !moved {
-		return nil
+		return nil, nil
 	}
-	return b.moveRevision(ctx)
+	return brokenOff, b.moveRevision(ctx)
+}
+
+// finish retries the refreshes that a crash broke off. A provider may forgive a
+// second use of a token only for 30 s, and until somebody asks for one that may
+// be over.
+func (b *Broker) finish(ctx context.Context, brokenOff []GrantKey) {
+	started := b.pulse.now()
+	few := newCrowd(keepAliveAtOnce)
+	for _, k := range brokenOff {
+		few.Go(func() {
+			if _, err := b.whole(ctx, k, func(t *cachedToken) bool { return !t.IssuedAt.Before(started) }); err != nil {
+				b.cfg.Log.Warn("a refresh that a crash broke off could not be finished", "grant", k, "err", err)
+			}
+		})
+	}
+	few.Wait()
 }
 
 // settle forgets what the store has for sure.

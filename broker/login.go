@@ -396,7 +396,13 @@ func (b *Broker) lookUp(ctx context.Context, hub HubID, provider ProviderID, han
 	case t.isHandle() || !p.Info().Adopt:
 		return t, unknownHandle()
 	}
-	adopted, err := b.adoptions.do(ctx, t.record().String(), func(ctx context.Context) (ticket, error) { return b.adopt(ctx, p, t) })
+	adopted, err := b.adoptions.do(ctx, t.record().String(), func(ctx context.Context) (ticket, error) {
+		adopted, err := b.adopt(ctx, p, t)
+		if errors.Is(err, errLost) && beforeRetry(ctx) == nil {
+			return b.adopt(ctx, p, t)
+		}
+		return adopted, err
+	})
 	if err != nil {
 		return t, notYet(ctx, provider, err)
 	}
@@ -458,6 +464,8 @@ func (b *Broker) beginAdoption(ctx context.Context, t *ticket) error {
 			return errKeep
 		case b.held(h.Lease, now):
 			return Errorf(ProviderDown, "%s is being asked about this session already", t.provider)
+		case h.resting(t.provider, now) != nil:
+			return h.resting(t.provider, now)
 		}
 		h.begin(b.lease(now))
 		return nil
@@ -470,7 +478,7 @@ func (b *Broker) notAdopted(ctx context.Context, t *ticket, err error) error {
 	if !errors.As(err, &pe) {
 		pe = &ProviderError{Class: Lost, Err: err}
 	}
-	holder := t.Lease.Holder
+	holder, first := t.Lease.Holder, !t.Mark.Lost
 	cerr := b.changeTicket(ctx, t, func(h *handleRecord) error {
 		switch {
 		case h.Lease.Holder != holder:
@@ -480,9 +488,12 @@ func (b *Broker) notAdopted(ctx context.Context, t *ticket, err error) error {
 		case pe.Class == Dead:
 			h.Dead = cmp.Or(pe.Reason, "refused")
 		}
-		h.release(pe.Class == Lost)
+		h.release(pe.Class == Lost, b.pulse.now())
 		return nil
 	})
+	if pe.Class == Lost && first {
+		return cmp.Or(cerr, errLost)
+	}
 	return cmp.Or(cerr, told(t.provider, pe))
 }
 

@@ -369,6 +369,23 @@ func TestAdoptionFailsAsARefreshDoes(t *testing.T) {
 	}, adopting)
 }
 
+func TestLostAnswerOfAnAdoptionIsTriedAgainOnce(t *testing.T) {
+	for _, spent := range []bool{false, true} {
+		inBubble(t, func(r *rig) {
+			r.provider.Login(context.Background(), codeOf("alice"))
+			old := broker.NewSecret(r.provider.RefreshToken("alice"))
+			r.provider.Next(lostAnswer(spent))
+			s, err := r.CheckSession(context.Background(), "main", "keycloak", old, "alice", "")
+			if err != nil || s.Active == spent || s.Stale {
+				t.Errorf("spent %t: the session is %+v, %v", spent, s, err)
+			}
+			if n := r.provider.Calls("refresh"); n != 2 {
+				t.Errorf("spent %t: %d requests, want the one and its one retry", spent, n)
+			}
+		}, adopting)
+	}
+}
+
 func TestUnknownTokenIsNotSentWhereAdoptionIsOff(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.provider.Login(context.Background(), codeOf("alice"))

@@ -2,9 +2,10 @@ package broker
 
 import (
 	"context"
-	"crypto/rand"
+	cryptorand "crypto/rand"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"time"
 )
@@ -39,12 +40,19 @@ const (
 	commitFor = time.Minute
 	// disabledFor is for how long a switched-off account is not asked for again.
 	disabledFor = 30 * time.Second
+	// retryLost is how long after a lost answer its one retry comes, and up to
+	// as much again: late enough for a connection that broke, and well inside the
+	// 30 s for which a provider with a grace forgives it.
+	retryLost = time.Second
+	// lostRest is for how long a token rests whose retry was lost, too.
+	lostRest = 10 * time.Second
 )
 
 // Answers of begin and settle that lead to another look at the record.
 var (
 	errBusy  = errors.New("another broker refreshes this grant")
 	errMoved = errors.New("the grant moved meanwhile")
+	errLost  = errors.New("the provider's answer was lost, for the first time")
 )
 
 // An errand is one wish for a token straight from the refresh token.
@@ -79,15 +87,22 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 		return cachedToken{}, err
 	}
 	defer leave()
+	retry := false // what was begun is finished, also while the broker closes
 	for deadline := time.Now().Add(2 * scaled(leaseFor)); ; {
 		if t, ok := b.recall(ctx, e.key, e.good); ok {
 			return t, nil
 		}
-		if b.closes() {
+		if b.closes() && !retry {
 			return cachedToken{}, Errorf(Unavailable, "the token broker is being restarted")
 		}
 		t, err := b.attempt(ctx, e)
 		switch {
+		case errors.Is(err, errLost):
+			retry = true
+			if err := beforeRetry(ctx); err != nil {
+				return t, err
+			}
+			continue
 		case err == nil, !errors.Is(err, errBusy) && !errors.Is(err, errMoved):
 			return t, err
 		case time.Now().After(deadline):
@@ -98,6 +113,8 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 		}
 	}
 }
+
+func beforeRetry(ctx context.Context) error { return pause(ctx, retryLost+rand.N(retryLost)) }
 
 // attempt spends the refresh token once.
 func (b *Broker) attempt(ctx context.Context, e errand) (cachedToken, error) {
@@ -174,6 +191,8 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 			return Errorf(LoginRequired, "%s gave no refresh token at your login", k.Provider)
 		case g.State == GrantDisabled && now.Sub(g.Since) < disabledFor:
 			return disabled(k.Provider)
+		case g.resting(k.Provider, now) != nil:
+			return g.resting(k.Provider, now)
 		case b.held(g.Lease, now):
 			return errBusy
 		}
@@ -184,7 +203,7 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 
 // lease is one of our own, held by nobody else.
 func (b *Broker) lease(now time.Time) Lease {
-	return Lease{Holder: rand.Text(), Journal: b.journal.id, Until: now.Add(scaled(leaseFor))}
+	return Lease{Holder: cryptorand.Text(), Journal: b.journal.id, Until: now.Add(scaled(leaseFor))}
 }
 
 // held says whether l keeps others out. It does not keep us out if it was taken
@@ -339,6 +358,9 @@ func (b *Broker) unsuccessful(ctx context.Context, began Grant, iss Issued, err 
 		return b.disable(ctx, began)
 	}
 	b.release(ctx, began, pe.Class == Lost)
+	if pe.Class == Lost && !began.Mark.Lost {
+		return errLost
+	}
 	return told(began.Key.Provider, pe)
 }
 
@@ -392,7 +414,7 @@ func (b *Broker) release(ctx context.Context, began Grant, lost bool) {
 		if !exists || g.Lease.Holder != began.Lease.Holder {
 			return errKeep
 		}
-		g.Spending.release(lost)
+		g.Spending.release(lost, b.pulse.now())
 		return nil
 	})
 	if err != nil {

@@ -3,6 +3,7 @@ package broker_test
 import (
 	"context"
 	"errors"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -150,32 +151,100 @@ func TestDeadRefreshTokenIsQuarantinedAndALoginRevivesTheContainer(t *testing.T)
 	})
 }
 
-func TestLostAnswerIsTriedAgainWithTheSameToken(t *testing.T) {
-	lost := func(spend bool) brokertest.Answer {
-		return brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost, Err: errors.New("timeout")}, Spend: spend}
-	}
-	t.Run("the provider never saw it", func(t *testing.T) {
-		inBubble(t, func(r *rig) {
-			r.loggedIn("alice")
-			p := r.running("alice", 100)
-			expire()
-			r.provider.Next(lost(false))
-			r.refused(p, broker.Want{}, broker.ErrProviderDown)
-			r.token(p, broker.Want{})
-		})
+func lostAnswer(spend bool) brokertest.Answer {
+	return brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost, Err: errors.New("timeout")}, Spend: spend}
+}
+
+func TestLostAnswerIsTriedAgainOnceWithTheSameToken(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(lostAnswer(false))
+		before := r.provider.RefreshToken("alice")
+		r.token(p, broker.Want{})
+		if n := r.provider.Calls("refresh"); n != 2 || r.provider.RefreshToken("alice") == before {
+			t.Errorf("%d requests, want 2, the second with success", n)
+		}
 	})
-	t.Run("the provider had spent it", func(t *testing.T) {
-		inBubble(t, func(r *rig) {
-			r.loggedIn("alice")
-			p := r.running("alice", 100)
-			expire()
-			r.provider.Next(lost(true))
-			r.refused(p, broker.Want{}, broker.ErrProviderDown)
-			r.refused(p, broker.Want{}, broker.ErrLoginRequired)
-			if g := r.grant("alice"); g.Reason != "lost_response" {
-				t.Errorf("the reason is %q, want lost_response", g.Reason)
+}
+
+func TestLostAnswerThatTheProviderHadSpentIsSaid(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(lostAnswer(true))
+		for range 3 {
+			said := r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+			if !strings.Contains(said.Sentence, "lost_response") || !strings.Contains(said.Next, "log in") {
+				t.Errorf("the user is told %q, %q", said.Sentence, said.Next)
 			}
+		}
+		if n := r.provider.Calls("refresh"); n != 2 {
+			t.Errorf("%d requests, want the one and its one retry", n)
+		}
+	})
+}
+
+func TestTokenWhoseRetryIsLostTooRests(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(lostAnswer(false), lostAnswer(false))
+		for range 3 {
+			if said := r.refused(p, broker.Want{}, broker.ErrProviderDown); said.RetryAfter <= 0 {
+				t.Errorf("no time to try again is told: %+v", said)
+			}
+		}
+		if n := r.provider.Calls("refresh"); n != 2 {
+			t.Errorf("%d requests, want the one and its one retry", n)
+		}
+		time.Sleep(11 * time.Second)
+		r.token(p, broker.Want{})
+	})
+}
+
+func TestRetryIsMadeThoughTheBrokerCloses(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		asked := make(chan struct{})
+		lost := lostAnswer(false)
+		lost.Before = func() { close(asked) }
+		r.provider.Next(lost)
+		go r.Token(context.Background(), p, broker.Want{})
+		<-asked
+		r.Close()
+		if n := r.provider.Calls("refresh"); n != 2 {
+			t.Errorf("%d requests, want the one and its one retry", n)
+		}
+		r.start()
+	})
+}
+
+func TestRefreshThatACrashBrokeOffIsFinishedAtTheStart(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		r.running("alice", 100)
+		expire()
+		// The crash: the answer never comes, and from then on nothing is written.
+		r.provider.Next(brokertest.Answer{
+			Before: func() { r.store.Fail(errors.New("away")) },
+			Err:    &broker.ProviderError{Class: broker.Lost},
 		})
+		r.refused(r.peer("alice", 100), broker.Want{}, broker.ErrUnavailable)
+		r.store.Fail(nil)
+		before := r.provider.Calls("refresh")
+		r.restarted()
+		if n := r.provider.Calls("refresh"); n != before+1 {
+			t.Errorf("%d refreshes at the start, want 1", n-before)
+		}
+		if g := r.grant("alice"); g.Mark.Attempt != "" || g.State != broker.Live {
+			t.Errorf("the grant is %s with the mark %+v", g.State, g.Mark)
+		}
 	})
 }
 
@@ -474,22 +543,43 @@ func TestRolesOfACommitWhoseAnswerIsLostCountAtOnce(t *testing.T) {
 }
 
 func TestProviderThatHangsIsGivenUpBeforeTheLeaseEnds(t *testing.T) {
+	var waits []time.Duration
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")
 		p := r.running("alice", 100)
 		expire()
-		began := time.Now()
 		r.refused(p, broker.Want{}, broker.ErrProviderDown)
-		if took := time.Since(began); took > 30*time.Second {
-			t.Errorf("the provider was given %s, want 30 s at most", took)
+		if len(waits) != 2 || slices.Max(waits) > 30*time.Second {
+			t.Errorf("the provider was given %s, want 30 s at most, twice", waits)
 		}
-	}, func(c *broker.Config) { c.Providers = []broker.Provider{hangs{c.Providers[0]}} })
+	}, func(c *broker.Config) { c.Providers = []broker.Provider{hangs{c.Providers[0], &waits}} })
 }
 
-// hangs is a provider whose refreshes end with their context, or after an hour.
-type hangs struct{ broker.Provider }
+func TestTokenThatStillWorksIsServedWhileTheProviderHangs(t *testing.T) {
+	var waits []time.Duration
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		old := r.token(p, broker.Want{})
+		time.Sleep(time.Until(old.ExpiresAt) - 20*time.Second) // no longer fresh
+		began := time.Now()
+		tok := r.token(p, broker.Want{})
+		if tok.Access.Fingerprint() != old.Access.Fingerprint() || time.Since(began) > 5*time.Second {
+			t.Errorf("after %s came another token, or too late", time.Since(began))
+		}
+	}, func(c *broker.Config) { c.Providers = []broker.Provider{hangs{c.Providers[0], &waits}} })
+}
+
+// hangs is a provider whose refreshes end with their context, or after an hour,
+// and that notes how long each was waited for.
+type hangs struct {
+	broker.Provider
+	waits *[]time.Duration
+}
 
 func (p hangs) Refresh(ctx context.Context, _ broker.Secret, _ string, _ []string) (broker.Identity, broker.Issued, error) {
+	began := time.Now()
+	defer func() { *p.waits = append(*p.waits, time.Since(began)) }()
 	select {
 	case <-ctx.Done():
 		return broker.Identity{}, broker.Issued{}, ctx.Err()
@@ -521,7 +611,6 @@ func TestLostAnswerIsRememberedThroughOtherTrouble(t *testing.T) {
 		r.provider.Next(
 			brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost}, Spend: true},
 			brokertest.Answer{Err: &broker.ProviderError{Class: broker.TryLater}})
-		r.refused(p, broker.Want{}, broker.ErrProviderDown)
 		r.refused(p, broker.Want{}, broker.ErrProviderDown)
 		r.refused(p, broker.Want{}, broker.ErrLoginRequired)
 		if g := r.grant("alice"); g.Reason != "lost_response" {

@@ -39,6 +39,9 @@ type ProviderStatus struct {
 	Scopes    []string
 }
 
+// oldAfter is how long a caller waits for a new token while the old one works.
+const oldAfter = 3 * time.Second
+
 // Token answers one request of a container. It is the straight line: attest,
 // match, decide, cache, refresh, narrow, confirm, record.
 func (b *Broker) Token(ctx context.Context, p *Peer, want Want) (Token, error) {
@@ -141,22 +144,33 @@ func (b *Broker) obtain(ctx context.Context, g Grant, d Decision, want Want) (t 
 	good := func(t *cachedToken) bool {
 		return t.Epoch == g.Epoch && t.lasts(now, want.MinTTL) && !t.refused(want.Rejected, now)
 	}
-	k := newTokenKey(g.Key, d.Target)
-	t, cached = b.recall(ctx, k, good)
+	t, cached = b.recall(ctx, newTokenKey(g.Key, d.Target), good)
 	if !cached {
-		t, err = b.fetch(ctx, p, g, d, good)
-	}
-	if errors.Is(err, ErrProviderDown) {
-		// The provider's trouble need not be the user's while a token lives.
-		old, ok := b.recall(ctx, k, func(t *cachedToken) bool { return t.Epoch == g.Epoch && t.valid(now) })
-		if ok {
-			t, cached, err = old, true, nil
-		}
+		t, cached, err = b.fetchOr(ctx, p, g, d, good)
 	}
 	if err == nil {
 		err = d.holds(info, &t)
 	}
 	return t, cached, err
+}
+
+// fetchOr gets a new token, or goes on with the old one while that lives: the
+// provider's trouble need not be the user's.
+func (b *Broker) fetchOr(ctx context.Context, p Provider, g Grant, d Decision, good func(*cachedToken) bool) (t cachedToken, cached bool, err error) {
+	k := newTokenKey(g.Key, d.Target)
+	works := func(t *cachedToken) bool { return t.Epoch == g.Epoch && t.valid(b.pulse.now()) }
+	if _, ok := b.recall(ctx, k, works); ok {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, oldAfter)
+		defer cancel()
+	}
+	t, err = b.fetch(ctx, p, g, d, good)
+	if errors.Is(err, ErrProviderDown) {
+		if old, ok := b.recall(context.WithoutCancel(ctx), k, works); ok {
+			return old, true, nil
+		}
+	}
+	return t, false, err
 }
 
 // fetch gets a new token the way the provider narrows.
