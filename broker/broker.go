@@ -65,6 +65,7 @@ type Broker struct {
 	refreshes   flights[tokenKey, cachedToken]
 	exchanges   flights[tokenKey, cachedToken]
 	adoptions   flights[string, ticket]
+	revocations flights[GrantKey, struct{}]
 	binds       flights[ServerKey, *server]
 	turns       turns[GrantKey]  // one refresh per grant at a time
 	serverTurns turns[ServerKey] // one Register or Unregister per server
@@ -173,6 +174,7 @@ func (b *Broker) Start(ctx context.Context) error {
 	})
 	b.work.Go(func() { every(watch, settleEvery, b.settle) })
 	b.work.Go(func() { every(watch, keepAliveEvery, b.keepAll) })
+	b.work.Go(func() { every(watch, revokeEvery, b.revokeAll) })
 	b.work.Go(func() { b.attend(keys) })
 	b.work.Go(func() { b.recheck(watch) })
 	b.work.Go(func() { b.finish(context.WithoutCancel(ctx), brokenOff) })
@@ -190,6 +192,7 @@ func (b *Broker) Close() {
 	b.exchanges.wait()
 	b.refreshes.wait()
 	b.adoptions.wait()
+	b.revocations.wait()
 	b.binds.wait()
 	b.looks.wait()
 	b.pulse.reads.wait()

@@ -179,9 +179,15 @@ func (b *Broker) loadToken(ctx context.Context, k tokenKey) (cachedToken, error)
 	return r.open(), err
 }
 
-// keep remembers a token. If the store can't, this broker's memory does; the
-// token is good all the same.
-func (b *Broker) keep(ctx context.Context, k tokenKey, t cachedToken) {
+func (k tokenKey) target() Target { return Target{k.audience, strings.Fields(k.scopes)} }
+
+// keep remembers a token, first as one that is handed out: without that it does
+// not leave. If the store can't take the token itself, this broker's memory does;
+// it is good all the same.
+func (b *Broker) keep(ctx context.Context, k tokenKey, t cachedToken) error {
+	if err := b.handOut(ctx, k, t); err != nil {
+		return err
+	}
 	now := b.pulse.now()
 	b.tokens.put(k, t, now)
 	life := func(*tokenRecord) time.Duration { return max(t.ExpiresAt.Sub(now), time.Second) }
@@ -192,4 +198,5 @@ func (b *Broker) keep(ctx context.Context, k tokenKey, t cachedToken) {
 	if err != nil {
 		b.cfg.Log.Warn("a token could not be shared through the store", "grant", k.grant, "err", err)
 	}
+	return nil
 }

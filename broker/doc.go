@@ -14,6 +14,7 @@
 //	            failpoint.go where deploy/faults kills it
 //	            heal.go      a store that fell back is put right from journal.go
 //	disconnect  revoke.go    epoch and tombstone up, then the revision
+//	            revocation.go the provider is told of what had been handed out
 //
 // Keys that seal the records are changed by keys.go, while brokers run.
 //
@@ -59,6 +60,8 @@
 //	store, link          hub, user → subject per provider        for ever                       another subject inherits it
 //	store, registration  hub, host, user, server → Registration  Unregister                     another host acts on it
 //	store, token         as memory                               expiry                         as memory
+//	store, issued        hub, provider, sub → what was handed out  expiry of the last             a token leaves that is not in it
+//	store, revocations   grants of which something is to be revoked  nothing is to be            it is believed without the records
 //	store, broker        host → the keys its broker has           for ever                       a key is retired that it needs
 //	store, revision      one number                              for ever                       it ever falls
 package broker

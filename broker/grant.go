@@ -54,6 +54,8 @@ type Grant struct {
 	RefreshedBy HostID
 	// Expires is when the refresh token ends; zero: no end known.
 	Expires time.Time
+	// Revocation says how far the provider was told of Tombstone.
+	Revocation Revocation
 	// OutstandingUntil is until when an access token that was issued for the
 	// grant may live. It is raised before a token leaves.
 	OutstandingUntil time.Time

@@ -347,7 +347,9 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 	if g.State == Live && g.LoginAt.Equal(login.At) && g.RefreshedAt.Equal(login.At) {
 		token := login.Token.open()
 		token.Epoch = g.Epoch
-		b.keep(ctx, wholeKey(k), token)
+		if err := b.keep(ctx, wholeKey(k), token); err != nil {
+			return err
+		}
 	}
 	if err := b.changeTicket(ctx, t, func(h *handleRecord) error { h.Pending = nil; return nil }); err != nil {
 		return err

@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 )
@@ -133,6 +134,12 @@ func (v *view) facts(s ServerKey, w *Workload, wanted ProviderID) Facts {
 	}
 	f.Roles = sorted(f.Roles)
 	return f
+}
+
+// mayHave says whether any rule gives v's user want on some server of his.
+func (v *view) mayHave(rules []Rule, hub HubID, want Want) bool {
+	roles := v.facts(ServerKey{}, &Workload{}, want.Provider).Roles
+	return slices.ContainsFunc(rules, func(r Rule) bool { return r.couldGive(hub, v.user, roles, want) })
 }
 
 // A linkRecord says which subject a hub's user is at each provider. A subject

@@ -241,6 +241,11 @@ func offers(rules []Rule, f Facts, provider ProviderID) (audiences, scopes []str
 	return sorted(audiences), sorted(scopes)
 }
 
+// couldGive says whether r gives user want on some server of his.
+func (r *Rule) couldGive(hub HubID, user UserID, roles []string, want Want) bool {
+	return oneOf(r.Hubs, hub) && oneOf(r.Users, user) && r.covers(want) && r.hasRole(roles)
+}
+
 // glob matches s against a pattern in which * stands for any text.
 func glob(pattern, s string) bool {
 	parts := strings.Split(pattern, "*")

@@ -44,9 +44,9 @@ type Provider interface {
 	// harm, and what it says of one counts like what it says of the newest.
 	Look(ctx context.Context, refresh Secret, sub string) (Identity, error)
 
-	// Revoke ends a refresh token (RFC 7009). A dead token is no error.
-	// Unsupported is, of class Config.
-	Revoke(ctx context.Context, refresh Secret) error
+	// Revoke ends a token (RFC 7009). A dead token is no error. A provider that
+	// can't be told fails with class Misconfigured and reason "unsupported".
+	Revoke(ctx context.Context, t Secret, kind TokenKind) error
 
 	// Check says whether the provider answers now.
 	Check(ctx context.Context) error
@@ -68,6 +68,9 @@ type ProviderInfo struct {
 	RoleClaims []string
 	// Adopt lets a refresh token from before the broker become a grant.
 	Adopt bool
+	// RevokesAccessAlone says that an access token can be revoked without an end
+	// of the session it comes from.
+	RevokesAccessAlone bool
 	// RedirectURI, if not empty, is the only one a login may name.
 	RedirectURI string
 }

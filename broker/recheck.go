@@ -214,8 +214,7 @@ func (b *Broker) setRoles(ctx context.Context, l looked, roles []string) {
 		return nil
 	})
 	if err == nil {
-		err = b.move(ctx, l.Key)
-		b.recordRoles(ctx, l.Grant, g)
+		err = b.rightsMoved(ctx, l.Grant, g)
 	}
 	if err != nil && !errors.Is(err, errMoved) {
 		b.cfg.Log.Warn("roles that changed could not be stored; they are looked at again", "grant", l.Key, "err", err)

@@ -19,12 +19,14 @@ const (
 	kindRegistration = "registration" // hub, host, user, server → Registration
 	kindToken        = "token"        // hub, provider, sub, audience, scopes → tokenRecord
 	kindWhole        = "whole"        // hub, provider, sub → tokenRecord of the whole grant
+	kindIssued       = "issued"       // hub, provider, sub → issuedRecord
 	kindBroker       = "broker"       // host → attendance
 
 	setGrants        = "grants"        // all grants of the deployment
 	setPending       = "pending"       // hub → fingerprints of pending handles
 	setRegistrations = "registrations" // host → servers registered there
 	setBrokers       = "brokers"       // all hosts of the deployment
+	setRevocations   = "revocations"   // grants that something is to be revoked of
 )
 
 func (k GrantKey) record() Key {

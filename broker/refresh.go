@@ -162,9 +162,9 @@ func (b *Broker) share(ctx context.Context, e errand, t cachedToken) error {
 		}
 	}
 	failpoint("before keep")
-	b.keep(ctx, e.key, t)
+	err := b.keep(ctx, e.key, t)
 	failpoint("after keep")
-	return nil
+	return err
 }
 
 // send spends a refresh token at p, within the time that the lease allows for it.
@@ -261,11 +261,10 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 		b.dismiss(began.Key, next.Version)
 	case errors.Is(err, ErrRevoked):
 		b.dismiss(began.Key, next.Version)
-		b.revokeAtProvider(ctx, began.Key.Provider, iss.RefreshToken)
+		b.revokeLate(ctx, began.Key, iss.RefreshToken)
 	}
 	if err == nil && moved {
-		err = b.move(ctx, began.Key)
-		b.recordRoles(ctx, began, g)
+		err = b.rightsMoved(ctx, began, g)
 	}
 	return t, err
 }
@@ -450,7 +449,7 @@ func told(p ProviderID, pe *ProviderError) error {
 func (b *Broker) revokeAtProvider(ctx context.Context, id ProviderID, refresh Secret) {
 	p, err := b.provider(id)
 	if err == nil && !refresh.IsZero() {
-		err = p.Revoke(ctx, refresh)
+		err = p.Revoke(ctx, refresh, RefreshToken)
 	}
 	if err != nil {
 		b.cfg.Log.Error("a refresh token that is not kept could not be revoked", "provider", id, "err", err)

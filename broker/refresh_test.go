@@ -362,7 +362,7 @@ func TestDisconnectDuringARefreshRevokesWhatItBrings(t *testing.T) {
 			}
 		}})
 		r.refused(p, broker.Want{}, broker.ErrRevoked)
-		if got := r.provider.Revoked(); len(got) != 1 || got[0] != r.provider.RefreshToken("alice") {
+		if !slices.Contains(r.provider.Revoked(), r.provider.RefreshToken("alice")) {
 			t.Error("the refresh token that came under the tombstone was not revoked at the provider")
 		}
 		if g := r.grant("alice"); g.State != broker.Disconnected {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"maps"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -14,6 +15,9 @@ type Disconnection struct {
 	Sub              string
 	IssuingStoppedAt time.Time
 	OutstandingUntil time.Time
+	// Revocation says whether the provider has been told of it. Services that
+	// check tokens by themselves accept them until OutstandingUntil all the same.
+	Revocation Revocation
 }
 
 // Disconnect ends a user's grants on every broker of the deployment: none
@@ -54,30 +58,92 @@ func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provide
 		case err != nil:
 			errs = append(errs, err)
 		default:
-			gone = append(gone, Disconnection{Provider: id, Sub: l.Subs[id], OutstandingUntil: g.OutstandingUntil})
+			gone = append(gone, Disconnection{Provider: id, Sub: l.Subs[id], OutstandingUntil: g.OutstandingUntil, Revocation: g.Revocation})
 		}
 	}
 	if len(gone)+len(errs) == 0 {
 		return nil, Errorf(Invalid, "user: %q has no grant to end at %s", user, orAll(provider)).Hint("tokenbroker sessions list shows who has")
 	}
-	return gone, errors.Join(append(errs, b.stopIssuing(ctx, hub, user, gone))...)
+	if err := b.stopIssuing(ctx, hub, user, gone); err != nil {
+		return gone, errors.Join(append(errs, err)...)
+	}
+	b.revokeGone(ctx, hub, gone)
+	return gone, errors.Join(errs...)
+}
+
+// revokeGone tells the providers, all at once, and waits for them for a moment.
+func (b *Broker) revokeGone(ctx context.Context, hub HubID, gone []Disconnection) {
+	ctx, cancel := context.WithTimeout(ctx, revokePatience)
+	defer cancel()
+	var asked sync.WaitGroup
+	for i := range gone {
+		d := &gone[i]
+		k := GrantKey{hub, d.Provider, d.Sub}
+		asked.Go(func() {
+			b.revokeOne(ctx, k)
+			if g, err := b.loadGrant(context.WithoutCancel(ctx), k); err == nil {
+				d.Revocation = g.Revocation
+			}
+		})
+	}
+	asked.Wait()
 }
 
 // tombstone ends one grant. Whatever is under way finds the mark: a refresh
 // before it stores, a request before it answers.
-func (b *Broker) tombstone(ctx context.Context, k GrantKey, user UserID) (Grant, error) {
-	return b.changeGrant(ctx, k, func(g *Grant, exists bool) error {
-		switch {
-		case !exists || g.User != user:
-			return ErrAbsent
-		case !g.Tombstone.IsZero():
-			return errKeep
-		}
-		now := b.pulse.now()
-		g.Tombstone, g.EndedAt = now, now
-		g.end(Disconnected, "disconnected by an administrator", now)
-		return nil
+func (b *Broker) tombstone(ctx context.Context, k GrantKey, user UserID) (g Grant, err error) {
+	err = b.revokeSoon(ctx, k, func() error {
+		g, err = b.changeGrant(ctx, k, func(g *Grant, exists bool) error {
+			switch {
+			case !exists || g.User != user:
+				return ErrAbsent
+			case !g.Tombstone.IsZero():
+				return errKeep
+			}
+			now := b.pulse.now()
+			g.Tombstone, g.EndedAt, g.Revocation = now, now, RevocationPending
+			g.end(Disconnected, "disconnected by an administrator", now)
+			return nil
+		})
+		return err
 	})
+	return g, err
+}
+
+// revokeLate has a refresh token revoked that came for a grant after its
+// tombstone. It is kept for that alone; what was kept before is spent.
+func (b *Broker) revokeLate(ctx context.Context, k GrantKey, refresh Secret) {
+	if refresh.IsZero() {
+		return
+	}
+	err := b.revokeSoon(ctx, k, func() error {
+		_, err := b.changeGrant(ctx, k, func(g *Grant, exists bool) error {
+			if !exists || g.Tombstone.IsZero() {
+				return errKeep // a login came, whose session the token may share
+			}
+			g.Refresh, g.Revocation = refresh, RevocationPending
+			return nil
+		})
+		return err
+	})
+	if err != nil {
+		b.revokeAtProvider(ctx, k.Provider, refresh)
+		return
+	}
+	b.revokeOne(ctx, k)
+}
+
+// rightsMoved tells every broker that a grant's rights changed, and what went
+// with them the audit and the provider.
+func (b *Broker) rightsMoved(ctx context.Context, was, is Grant) error {
+	if err := b.move(ctx, is.Key); err != nil {
+		return err
+	}
+	b.recordRoles(ctx, was, is)
+	if err := b.revokeUnallowed(ctx, is.Key.Hub, is.User); err != nil {
+		b.cfg.Log.Error("tokens of roles that were lost can't be revoked; they work until they end", "grant", is.Key, "err", err)
+	}
+	return nil
 }
 
 // stopIssuing moves the revision and fills in since when no broker answers.

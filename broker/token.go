@@ -255,8 +255,7 @@ func (b *Broker) exchangeFrom(ctx context.Context, p Provider, g Grant, d Decisi
 	if err := b.outstanding(ctx, g, t); err != nil {
 		return t, err
 	}
-	b.keep(ctx, newTokenKey(g.Key, d.Target), t)
-	return t, nil
+	return t, b.keep(ctx, newTokenKey(g.Key, d.Target), t)
 }
 
 // outstanding raises the grant's OutstandingUntil before t leaves, so that a

@@ -30,6 +30,7 @@ type Provider struct {
 	revoked  []string
 	answers  []Answer
 	onLook   func(*broker.Identity) error
+	onRevoke func() error
 }
 
 type session struct {
@@ -55,6 +56,7 @@ func NewProvider(name broker.ProviderID, edit ...func(*broker.ProviderInfo)) *Pr
 		info: broker.ProviderInfo{
 			Name: name, Issuer: "https://" + string(name) + ".example", ClientID: "jupyterhub",
 			Narrowing: broker.ByExchange, RoleClaims: []string{"roles"}, ImpliedScopes: []string{"openid"},
+			RevokesAccessAlone: true,
 		},
 		life:     5 * time.Minute,
 		sessions: make(map[string]*session),
@@ -82,13 +84,16 @@ func (p *Provider) Next(a ...Answer) { p.locked(func() { p.answers = append(p.an
 // OnLook has f change or refuse what Look answers; nil: nobody does.
 func (p *Provider) OnLook(f func(*broker.Identity) error) { p.locked(func() { p.onLook = f }) }
 
+// OnRevoke has revocations answered by f; nil: they succeed.
+func (p *Provider) OnRevoke(f func() error) { p.locked(func() { p.onRevoke = f }) }
+
 // EndSession ends a subject's session: no token of it works any more.
 func (p *Provider) EndSession(sub string) { p.locked(func() { delete(p.sessions, sub) }) }
 
 // Calls returns how often "login", "refresh", "exchange", "look" or "revoke" was called.
 func (p *Provider) Calls(what string) (n int) { p.locked(func() { n = p.calls[what] }); return n }
 
-// Revoked returns the refresh tokens that were revoked.
+// Revoked returns the tokens that were revoked, of both kinds.
 func (p *Provider) Revoked() (all []string) {
 	p.locked(func() { all = slices.Clone(p.revoked) })
 	return all
@@ -217,12 +222,21 @@ func (p *Provider) alive(refresh, sub string) bool {
 }
 
 // Revoke implements broker.Provider.
-func (p *Provider) Revoke(_ context.Context, refresh broker.Secret) error {
+func (p *Provider) Revoke(_ context.Context, t broker.Secret, _ broker.TokenKind) (err error) {
+	var fails func() error
 	p.locked(func() {
 		p.calls["revoke"]++
-		p.revoked = append(p.revoked, refresh.Reveal())
+		fails = p.onRevoke
 	})
-	return nil
+	if fails != nil {
+		err = fails()
+	}
+	p.locked(func() {
+		if err == nil {
+			p.revoked = append(p.revoked, t.Reveal())
+		}
+	})
+	return err
 }
 
 func (p *Provider) identity(sub string) broker.Identity {

@@ -97,6 +97,8 @@ func (a admin) Disconnect(ctx context.Context, r *pb.DisconnectRequest) (*pb.Dis
 			Sub:              d.Sub,
 			IssuingStoppedAt: timestamp(d.IssuingStoppedAt),
 			OutstandingUntil: timestamp(d.OutstandingUntil),
+
+			ProviderRevocation: string(d.Revocation),
 		})
 	}
 	return answer, nil

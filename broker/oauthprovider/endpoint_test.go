@@ -88,7 +88,7 @@ func TestARequestHoldsWhatItsKindNeedsAndNothingElse(t *testing.T) {
 		{"exchange at Keycloak, which must not lose openid", func(ctx context.Context) {
 			keycloak.Exchange(ctx, broker.NewSecret("a"), broker.Target{Audience: "storage", Scopes: []string{"write"}})
 		}, exchange + "&audience=storage&scope=openid read storage write"},
-		{"revoke", func(ctx context.Context) { p.Revoke(ctx, broker.NewSecret("r")) },
+		{"revoke", func(ctx context.Context) { p.Revoke(ctx, broker.NewSecret("r"), broker.RefreshToken) },
 			"?path=/revoke&token=r&token_type_hint=refresh_token"},
 	} {
 		want := url.Values{"?basic": {basic}}
@@ -383,6 +383,8 @@ func TestInfoIsWhatWasConfiguredAndWhatTheProfileAdds(t *testing.T) {
 		Name: "lab", Issuer: "https://sso.example.org/realms/lab", ClientID: "hub", Narrowing: broker.ByExchange,
 		Audiences: map[string][]string{"storage": {"storage"}}, RoleClaims: []string{"roles"}, Adopt: true, RedirectURI: "https://hub.example.org/cb",
 		ImpliedScopes: []string{"acr", "basic", "email", "offline_access", "openid", "profile", "roles", "web-origins"},
+
+		RevokesAccessAlone: true,
 	}
 	if diff := cmp.Diff(want, p.Info()); diff != "" {
 		t.Errorf("Info (-want +got):\n%s", diff)

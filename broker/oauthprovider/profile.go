@@ -17,7 +17,10 @@ type profile struct {
 	// about a refresh token, for servers that then show the roles of now and take
 	// no offence at a spent token. Empty: the server is not asked.
 	introspects []string
-	rules       []rule
+	// revokesAccessAlone says that a revoked access token leaves its session
+	// alone; elsewhere it may end the refresh token, too (RFC 7009, section 2.1).
+	revokesAccessAlone bool
+	rules              []rule
 }
 
 var profiles = map[string]profile{
@@ -46,7 +49,8 @@ var profiles = map[string]profile{
 		exchanged: []string{"openid"},
 		// The roles are computed anew (measured on 26.5.5). A spent token is called
 		// active, too, and ends nothing.
-		introspects: []string{"Refresh", "Offline"},
+		introspects:        []string{"Refresh", "Offline"},
+		revokesAccessAlone: true, // measured on 26.5.5
 		rules: []rule{
 			{opRefresh, "invalid_grant", "User disabled", broker.Disabled, "user_disabled"},
 			{opRefresh, "invalid_grant", "Token is not active", broker.Dead, "expired"},

@@ -162,9 +162,11 @@ func (p *Provider) Info() broker.ProviderInfo {
 		Narrowing:     cmp.Or(p.cfg.Narrowing, p.profile.narrowing),
 		Audiences:     audiences,
 		ImpliedScopes: slices.Clone(p.profile.implied),
-		RoleClaims:    slices.Clone(p.cfg.Roles),
-		Adopt:         p.cfg.Adopt,
-		RedirectURI:   p.cfg.RedirectURI,
+
+		RevokesAccessAlone: p.profile.revokesAccessAlone,
+		RoleClaims:         slices.Clone(p.cfg.Roles),
+		Adopt:              p.cfg.Adopt,
+		RedirectURI:        p.cfg.RedirectURI,
 	}
 }
 
@@ -282,7 +284,7 @@ func (p *Provider) Exchange(ctx context.Context, access broker.Secret, t broker.
 }
 
 // Revoke ends a refresh token.
-func (p *Provider) Revoke(ctx context.Context, refresh broker.Secret) error {
+func (p *Provider) Revoke(ctx context.Context, t broker.Secret, kind broker.TokenKind) error {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	m, err := p.metadata(ctx)
@@ -293,8 +295,8 @@ func (p *Provider) Revoke(ctx context.Context, refresh broker.Secret) error {
 		return &broker.ProviderError{Class: broker.Misconfigured, Reason: "unsupported"}
 	}
 	r, err := p.post(ctx, m, opRevoke, m.Revocation, url.Values{
-		"token":           {refresh.Reveal()},
-		"token_type_hint": {"refresh_token"},
+		"token":           {t.Reveal()},
+		"token_type_hint": {string(kind)},
 	})
 	if err != nil {
 		return err

@@ -266,11 +266,11 @@ func TestARevokedRefreshTokenIsDeadAndMayBeRevokedAgain(t *testing.T) {
 	l := newLab(t, nil)
 	_, got := l.login(t, "alice")
 	for range 2 {
-		if err := l.Revoke(t.Context(), got.RefreshToken); err != nil {
+		if err := l.Revoke(t.Context(), got.RefreshToken, broker.RefreshToken); err != nil {
 			t.Fatalf("Revoke: %v", err)
 		}
 	}
-	if err := l.Revoke(t.Context(), broker.NewSecret("no such token")); err != nil {
+	if err := l.Revoke(t.Context(), broker.NewSecret("no such token"), broker.RefreshToken); err != nil {
 		t.Errorf("Revoke of nothing: %v", err)
 	}
 	_, _, err := l.Refresh(t.Context(), got.RefreshToken, "sub-alice", nil)
@@ -369,7 +369,7 @@ func TestDiscoveryIsLazySharedAndRetried(t *testing.T) {
 	var all sync.WaitGroup
 	for range 20 {
 		all.Go(func() {
-			if err := p.Revoke(t.Context(), broker.NewSecret("x")); err != nil {
+			if err := p.Revoke(t.Context(), broker.NewSecret("x"), broker.AccessToken); err != nil {
 				t.Errorf("Revoke: %v", err)
 			}
 		})

@@ -181,7 +181,7 @@ func do(t *testing.T, p *oauthprovider.Provider, what string) (err error) {
 	case "exchange":
 		_, err = p.Exchange(t.Context(), secret, broker.Target{Audience: "storage", Scopes: []string{"read"}})
 	case "revoke":
-		err = p.Revoke(t.Context(), secret)
+		err = p.Revoke(t.Context(), secret, broker.RefreshToken)
 	case "login":
 		_, _, err = p.Login(t.Context(), broker.CodeGrant{Code: secret, Verifier: broker.NewSecret("v"), RedirectURI: "http://127.0.0.1/"})
 	default:

@@ -207,9 +207,9 @@ func newUsers() *cobra.Command {
 }
 
 func printDisconnected(w io.Writer, r *pb.DisconnectResponse) error {
-	t := newTable(w, "PROVIDER", "SUBJECT", "NO NEW TOKENS SINCE", "OLD TOKENS LIVE UNTIL")
+	t := newTable(w, "PROVIDER", "SUBJECT", "NO NEW TOKENS SINCE", "OLD TOKENS LIVE UNTIL", "REVOKED AT PROVIDER")
 	for _, d := range r.GetDisconnected() {
-		t.row(d.GetProvider(), d.GetSub(), when(d.GetIssuingStoppedAt()), when(d.GetOutstandingUntil()))
+		t.row(d.GetProvider(), d.GetSub(), when(d.GetIssuingStoppedAt()), when(d.GetOutstandingUntil()), d.GetProviderRevocation())
 	}
 	if err := t.Flush(); err != nil {
 		return err

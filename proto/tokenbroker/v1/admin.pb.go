@@ -845,10 +845,14 @@ type Disconnected struct {
 	Sub string `protobuf:"bytes,2,opt,name=sub,proto3" json:"sub,omitempty"`
 	// From when on no broker issues a token for it.
 	IssuingStoppedAt *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=issuing_stopped_at,json=issuingStoppedAt,proto3" json:"issuing_stopped_at,omitempty"`
-	// Until when an access token that was issued before may still be valid.
+	// Until when an access token that was issued before may still be valid, for
+	// services that check it by themselves.
 	OutstandingUntil *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=outstanding_until,json=outstandingUntil,proto3" json:"outstanding_until,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// Whether the provider was told to end what had been issued (RFC 7009): done,
+	// pending (it is tried until it is done), failed or unsupported.
+	ProviderRevocation string `protobuf:"bytes,5,opt,name=provider_revocation,json=providerRevocation,proto3" json:"provider_revocation,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Disconnected) Reset() {
@@ -907,6 +911,13 @@ func (x *Disconnected) GetOutstandingUntil() *timestamppb.Timestamp {
 		return x.OutstandingUntil
 	}
 	return nil
+}
+
+func (x *Disconnected) GetProviderRevocation() string {
+	if x != nil {
+		return x.ProviderRevocation
+	}
+	return ""
 }
 
 var File_tokenbroker_v1_admin_proto protoreflect.FileDescriptor
@@ -981,12 +992,13 @@ const file_tokenbroker_v1_admin_proto_rawDesc = "" +
 	"\bprovider\x18\x03 \x01(\tR\bprovider\"h\n" +
 	"\x12DisconnectResponse\x12@\n" +
 	"\fdisconnected\x18\x01 \x03(\v2\x1c.tokenbroker.v1.DisconnectedR\fdisconnected\x12\x10\n" +
-	"\x03ref\x18\x02 \x01(\tR\x03ref\"\xcf\x01\n" +
+	"\x03ref\x18\x02 \x01(\tR\x03ref\"\x80\x02\n" +
 	"\fDisconnected\x12\x1a\n" +
 	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x10\n" +
 	"\x03sub\x18\x02 \x01(\tR\x03sub\x12H\n" +
 	"\x12issuing_stopped_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x10issuingStoppedAt\x12G\n" +
-	"\x11outstanding_until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x10outstandingUntil2\xe4\x02\n" +
+	"\x11outstanding_until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x10outstandingUntil\x12/\n" +
+	"\x13provider_revocation\x18\x05 \x01(\tR\x12providerRevocation2\xe4\x02\n" +
 	"\x05Admin\x12G\n" +
 	"\x06Status\x12\x1d.tokenbroker.v1.StatusRequest\x1a\x1e.tokenbroker.v1.StatusResponse\x12S\n" +
 	"\n" +
