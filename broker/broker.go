@@ -42,6 +42,8 @@ type Config struct {
 // A Hub is what the broker knows of one JupyterHub.
 type Hub struct {
 	Login ProviderID // the provider its users log in with
+	// OnLogout is what a logout at the hub does; empty: Keep.
+	OnLogout OnLogout
 }
 
 // A Broker joins the parts; its methods are the flows. All of them may be
@@ -66,6 +68,7 @@ type Broker struct {
 	exchanges   flights[tokenKey, cachedToken]
 	adoptions   flights[string, ticket]
 	revocations flights[GrantKey, struct{}]
+	hints       sequels[subject]
 	binds       flights[ServerKey, *server]
 	turns       turns[GrantKey]  // one refresh per grant at a time
 	serverTurns turns[ServerKey] // one Register or Unregister per server
@@ -193,6 +196,7 @@ func (b *Broker) Close() {
 	b.refreshes.wait()
 	b.adoptions.wait()
 	b.revocations.wait()
+	b.hints.wait()
 	b.binds.wait()
 	b.looks.wait()
 	b.pulse.reads.wait()

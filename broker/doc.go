@@ -10,10 +10,11 @@
 //	token       token.go     attest, match, decide, cache, refresh, narrow, confirm, record
 //	refresh     refresh.go   begin, send, settle: the write that can't be lost
 //	            keepalive.go a long computation keeps its session
-//	roles       recheck.go   what changes at the provider between refreshes
+//	roles       recheck.go   what changes at the provider between refreshes; LookNow
+//	                         follows a hint of anybody's that something changed
 //	            failpoint.go where deploy/faults kills it
 //	            heal.go      a store that fell back is put right from journal.go
-//	disconnect  revoke.go    epoch and tombstone up, then the revision
+//	disconnect  revoke.go    epoch and tombstone up, then the revision; also by a logout
 //	            revocation.go the provider is told of what had been handed out
 //
 // Keys that seal the records are changed by keys.go, while brokers run.

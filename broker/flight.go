@@ -64,6 +64,56 @@ func (f *flights[K, V]) fly(ctx context.Context, k K, c *flight[V], call func(co
 // wait returns when no call is under way.
 func (f *flights[K, V]) wait() { f.wg.Wait() }
 
+// sequels runs calls of one key one after the other, one for all who asked before
+// it began: whoever asks while a call is under way waits for the next one, which
+// sees what he has seen. The calls are detached from their callers. The zero
+// value is ready.
+type sequels[K comparable] struct {
+	mu    sync.Mutex // guards the map
+	next  map[K]*flight[struct{}]
+	turns turns[K]
+	wg    sync.WaitGroup
+}
+
+// do returns call's error, or ctx's if that ends first.
+func (s *sequels[K]) do(ctx context.Context, k K, call func(context.Context) error) error {
+	s.mu.Lock()
+	c, ok := s.next[k]
+	if !ok {
+		c = &flight[struct{}]{done: make(chan struct{})}
+		if s.next == nil {
+			s.next = make(map[K]*flight[struct{}])
+		}
+		s.next[k] = c
+		detached := context.WithoutCancel(ctx)
+		s.wg.Go(func() { s.run(detached, k, c, call) })
+	}
+	s.mu.Unlock()
+	select {
+	case <-c.done:
+		return c.err
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (s *sequels[K]) run(ctx context.Context, k K, c *flight[struct{}], call func(context.Context) error) {
+	defer close(c.done)
+	leave, err := s.turns.take(ctx, k)
+	if err != nil {
+		c.err = err
+		return
+	}
+	defer leave()
+	s.mu.Lock()
+	delete(s.next, k)
+	s.mu.Unlock()
+	c.err = call(ctx)
+}
+
+// wait returns when no call is under way.
+func (s *sequels[K]) wait() { s.wg.Wait() }
+
 // turns lets callers of one key in one at a time. The zero value is ready.
 type turns[K comparable] struct {
 	mu  sync.Mutex // guards the map

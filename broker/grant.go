@@ -31,8 +31,8 @@ type Grant struct {
 	// Epoch moves with every change of rights; what was decided under an older
 	// one is void. It never falls.
 	Epoch int64
-	// Tombstone is when the grant was disconnected; zero if it wasn't. Nothing
-	// but a new login is stored over it.
+	// Tombstone is when the grant was ended from our side, by an administrator or a
+	// logout; zero if it wasn't. Nothing but a new login is stored over it.
 	Tombstone time.Time
 	// EndedAt is when the grant was last disconnected. It outlives the
 	// tombstone: the handles from before are void for ever.
@@ -182,10 +182,10 @@ func (b *Broker) changeStored(ctx context.Context, k GrantKey, change func(g *Gr
 func (g *Grant) usable(issuer string) error {
 	p := g.Key.Provider
 	switch {
-	case !g.Tombstone.IsZero():
-		return Errorf(Revoked, "your access to %s was ended by an administrator on %s", p, day(g.Tombstone))
 	case g.State == NeedsLogin:
 		return Errorf(LoginRequired, "your session at %s ended on %s (%s)", p, day(g.Since), g.Reason)
+	case !g.Tombstone.IsZero():
+		return Errorf(Revoked, "your access to %s was ended by an administrator on %s", p, day(g.Tombstone))
 	case g.Issuer != issuer:
 		// The token belongs to the old issuer and must not be sent to the new one.
 		return Errorf(LoginRequired, "%s has another issuer since you logged in", p)

@@ -362,7 +362,7 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 func (g *Grant) loggedIn(l *pendingLogin, now time.Time, host HostID) {
 	g.Refresh, g.Expires = NewSecret(l.Refresh), l.Expires
 	g.Username, g.Roles = l.Username, l.Roles
-	g.State, g.Reason, g.Since, g.Tombstone = Live, "", now, time.Time{}
+	g.State, g.Reason, g.Since, g.Tombstone, g.Revocation = Live, "", now, time.Time{}, ""
 	// A login's version exceeds any that a store which lost its data once had, so
 	// that no journal takes what came before for the newer.
 	g.Version = later(g.Version, now)

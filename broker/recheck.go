@@ -129,7 +129,7 @@ func (b *Broker) recheckOne(ctx context.Context, r *round, k GrantKey) {
 	l, id, err := b.lookAt(ctx, k)
 	var pe *ProviderError
 	switch {
-	case errors.Is(err, errMoved):
+	case errors.Is(err, errMoved), errors.Is(err, errBusy):
 		return // to be seen at a refresh, or no longer ours to see
 	case errors.As(err, &pe) && (pe.Class == Dead || pe.Class == Disabled):
 		b.confirm(ctx, l, pe.Reason)
@@ -140,13 +140,90 @@ func (b *Broker) recheckOne(ctx context.Context, r *round, k GrantKey) {
 	}
 	roles := canonical(k.Provider, id.Roles)
 	r.note(k.Provider, func(s *sight) { s.add(l, roles) })
+	if len(roles) > 0 {
+		b.believe(ctx, l, roles, "recheck")
+	}
+}
+
+// believe acts on the roles that a look at l has shown.
+func (b *Broker) believe(ctx context.Context, l looked, roles []string, cause string) {
+	p := l.Key.Provider
 	switch {
-	case slices.Equal(roles, l.Roles), len(roles) == 0:
-	case !slices.Equal(b.claimsOf(k.Provider, roles), b.claimsOf(k.Provider, l.Roles)):
+	case slices.Equal(roles, l.Roles):
+	case !slices.Equal(b.claimsOf(p, roles), b.claimsOf(p, l.Roles)):
 		b.confirm(ctx, l, "a role claim came or went")
 	default:
-		b.setRoles(ctx, l, roles)
+		b.setRoles(ctx, l, roles, cause)
 	}
+}
+
+// LookNow looks at a subject of p because cause says that something of his may
+// have changed. It is a hint and no more: what follows is what the provider says
+// when asked. LookNow returns when a look that began after the call is over; an
+// error says that nothing is known and that the recheck will see to it. However
+// many ask for one subject, one look is under way and one waits.
+func (b *Broker) LookNow(ctx context.Context, p ProviderID, sub, cause string) error {
+	if _, err := b.provider(p); err != nil {
+		return err
+	}
+	return b.hints.do(ctx, subject{p, sub}, func(ctx context.Context) error {
+		var errs []error
+		for hub := range b.cfg.Hubs {
+			errs = append(errs, b.lookOnce(ctx, GrantKey{hub, p, sub}, cause))
+		}
+		return errors.Join(errs...)
+	})
+}
+
+// LookAtAll is LookNow for every subject of p whose user has a running server
+// here: something changed that many share. It is a round of the recheck of its own,
+// with all of its caution.
+func (b *Broker) LookAtAll(ctx context.Context, p ProviderID, cause string) error {
+	if _, err := b.provider(p); err != nil {
+		return err
+	}
+	grants, err := b.grantsHere(ctx)
+	if err != nil {
+		return err
+	}
+	b.cfg.Log.Info("looking at all subjects of a provider", "provider", p, "cause", cause)
+	r := round{seen: make(map[ProviderID]*sight)}
+	few := newCrowd(looksAtOnce)
+	for _, g := range grants {
+		if g.Key.Provider == p && !r.givenUp(p) {
+			few.Go(func() { b.recheckOne(ctx, &r, g.Key) })
+		}
+	}
+	few.Wait()
+	if s := r.seen[p]; s != nil {
+		b.settleEmpty(ctx, p, s)
+		return s.err
+	}
+	return nil
+}
+
+// A subject is somebody at a provider.
+type subject struct {
+	provider ProviderID
+	sub      string
+}
+
+// lookOnce looks at k. What a look can't show a refresh does.
+func (b *Broker) lookOnce(ctx context.Context, k GrantKey, cause string) error {
+	l, id, err := b.lookAt(ctx, k)
+	var pe *ProviderError
+	switch {
+	case errors.Is(err, ErrAbsent), errors.Is(err, errMoved):
+		return nil
+	case errors.Is(err, errBusy), unsupported(err), err == nil && (!id.Known || len(id.Roles) == 0),
+		errors.As(err, &pe) && (pe.Class == Dead || pe.Class == Disabled):
+		b.confirm(ctx, l, cause)
+		return nil
+	case err != nil:
+		return err
+	}
+	b.believe(ctx, l, canonical(k.Provider, id.Roles), cause)
+	return nil
 }
 
 // add notes that l has roles now.
@@ -162,7 +239,8 @@ func (s *sight) add(l looked, roles []string) {
 }
 
 // lookAt asks the provider who k's subject is now, in k's turn, so that the
-// token it asks with is not being spent here. errMoved: there is nothing to ask.
+// token it asks with is not being spent here. errMoved: there is nothing to ask;
+// errBusy: it is being spent all the time.
 func (b *Broker) lookAt(ctx context.Context, k GrantKey) (l looked, id Identity, err error) {
 	p, err := b.provider(k.Provider)
 	if err != nil {
@@ -170,14 +248,15 @@ func (b *Broker) lookAt(ctx context.Context, k GrantKey) (l looked, id Identity,
 	}
 	ctx, cancel := context.WithTimeout(ctx, lookWithin)
 	defer cancel()
-	leave, err := b.turns.take(ctx, k)
-	if err != nil {
-		return l, id, errMoved // a refresh takes its time, and sees the roles itself
-	}
-	defer leave()
 	if err := b.pulse.sync(ctx); err != nil {
 		return l, id, err
 	}
+	l.Key, l.at = k, b.pulse.now()
+	leave, err := b.turns.take(ctx, k)
+	if err != nil {
+		return l, id, errBusy // a refresh takes its time, and sees the roles itself
+	}
+	defer leave()
 	l.at = b.pulse.now()
 	if l.Grant, err = b.loadGrant(ctx, k); err != nil {
 		return l, id, err
@@ -203,7 +282,7 @@ func (b *Broker) claimsOf(p ProviderID, roles []string) (names []string) {
 // setRoles gives l other roles, unless the grant is no longer what was looked at
 // or a refresh is under way, which sees the roles itself. Then the next round
 // looks again.
-func (b *Broker) setRoles(ctx context.Context, l looked, roles []string) {
+func (b *Broker) setRoles(ctx context.Context, l looked, roles []string, cause string) {
 	ctx = context.WithoutCancel(ctx) // what is changed is also told
 	g, err := b.changeGrant(ctx, l.Key, func(g *Grant, exists bool) error {
 		now := b.pulse.now()
@@ -214,7 +293,7 @@ func (b *Broker) setRoles(ctx context.Context, l looked, roles []string) {
 		return nil
 	})
 	if err == nil {
-		err = b.rightsMoved(ctx, l.Grant, g)
+		err = b.rightsMoved(ctx, l.Grant, g, cause)
 	}
 	if err != nil && !errors.Is(err, errMoved) {
 		b.cfg.Log.Warn("roles that changed could not be stored; they are looked at again", "grant", l.Key, "err", err)
@@ -276,8 +355,8 @@ func (s *sight) stormy() bool {
 	return len(s.had) >= stormFrom
 }
 
-// recordRoles writes down which roles a grant lost and gained.
-func (b *Broker) recordRoles(ctx context.Context, was, is Grant) {
+// recordRoles writes down which roles a grant lost and gained, and what showed it.
+func (b *Broker) recordRoles(ctx context.Context, was, is Grant, cause string) {
 	var gone, gained []string
 	for _, r := range was.Roles {
 		if !slices.Contains(is.Roles, r) {
@@ -294,7 +373,7 @@ func (b *Broker) recordRoles(ctx context.Context, was, is Grant) {
 	}
 	e := b.entry("roles", nil)
 	e.Hub, e.User, e.Provider, e.Sub, e.Epoch = is.Key.Hub, is.User, is.Key.Provider, is.Key.Sub, is.Epoch
-	e.Reason = "gone: " + strings.Join(gone, " ") + "; gained: " + strings.Join(gained, " ")
+	e.Reason = "gone: " + strings.Join(gone, " ") + "; gained: " + strings.Join(gained, " ") + "; seen by: " + cause
 	// The rights have changed all the same; record logs that it can't be written.
 	_ = b.record(ctx, e, nil)
 }

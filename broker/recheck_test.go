@@ -41,8 +41,8 @@ func TestALostRoleIsRefusedWithinTheRecheckAlthoughTheTokenIsValid(t *testing.T)
 		refreshes int
 		audit     string
 	}{
-		{"another role is left", []string{"student"}, 0, "gone: keycloak:roles/researcher; gained: keycloak:roles/student"},
-		{"none is left, which a refresh confirms", nil, 1, "gone: keycloak:roles/researcher; gained: "},
+		{"another role is left", []string{"student"}, 0, "gone: keycloak:roles/researcher; gained: keycloak:roles/student; seen by: recheck"},
+		{"none is left, which a refresh confirms", nil, 1, "gone: keycloak:roles/researcher; gained: ; seen by: refresh"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inBubble(t, func(r *rig) {

@@ -259,12 +259,12 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 		// A login was faster. The provider's answer is dropped, not revoked: on
 		// Keycloak that would end the newer login's session too.
 		b.dismiss(began.Key, next.Version)
-	case errors.Is(err, ErrRevoked):
+	case err != nil && !g.Tombstone.IsZero():
 		b.dismiss(began.Key, next.Version)
 		b.revokeLate(ctx, began.Key, iss.RefreshToken)
 	}
 	if err == nil && moved {
-		err = b.rightsMoved(ctx, began, g)
+		err = b.rightsMoved(ctx, began, g, "refresh")
 	}
 	return t, err
 }

@@ -26,14 +26,51 @@ type Disconnection struct {
 func (b *Broker) Disconnect(ctx context.Context, by string, hub HubID, user UserID, provider ProviderID) (gone []Disconnection, ref string, err error) {
 	e := b.entry("disconnect", nil)
 	e.By, e.Hub, e.User, e.Provider = by, hub, user, provider
-	gone, err = b.disconnect(ctx, hub, user, provider, e)
+	gone, err = b.disconnect(ctx, hub, user, provider, byAdministrator, e)
 	if err := b.record(ctx, e, err); err != nil {
 		return nil, "", err
 	}
 	return gone, e.Ref, nil
 }
 
-func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provider ProviderID, e *Entry) ([]Disconnection, error) {
+// OnLogout is what a logout does to the user's grants.
+type OnLogout string
+
+const (
+	Keep        OnLogout = "keep"         // nothing: a computation may go on
+	StopIssuing OnLogout = "stop_issuing" // no token until the next login
+	RevokeAll   OnLogout = "revoke"       // the same, and the provider ends what was issued
+)
+
+// ending is how a logout ends a grant; false: not at all.
+func (o OnLogout) ending() (ending, bool) {
+	how := byLogout
+	how.revoke = o == RevokeAll
+	return how, o == StopIssuing || o == RevokeAll
+}
+
+// HubLogout says that user has logged out of the hub. What that does the hub's
+// OnLogout says. It may be said again.
+func (b *Broker) HubLogout(ctx context.Context, hub HubID, user UserID) (ref string, err error) {
+	e := b.entry("logout", nil)
+	e.Hub, e.User = hub, user
+	how, ends := b.cfg.Hubs[hub].OnLogout.ending()
+	if ends {
+		_, err = b.disconnect(ctx, hub, user, "", how, e)
+	}
+	if errors.Is(err, errNoGrant) {
+		err = nil
+	}
+	if err := b.record(ctx, e, err); err != nil {
+		return "", err
+	}
+	return e.Ref, nil
+}
+
+// errNoGrant says that there is nothing to end.
+var errNoGrant = errors.New("the user has no grant there")
+
+func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provider ProviderID, how ending, e *Entry) ([]Disconnection, error) {
 	hub, err := b.onlyHub(hub)
 	if err == nil {
 		err = b.pulse.sync(ctx)
@@ -52,7 +89,7 @@ func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provide
 		if provider != "" && provider != id {
 			continue
 		}
-		g, err := b.tombstone(ctx, GrantKey{hub, id, l.Subs[id]}, user)
+		g, err := b.tombstone(ctx, GrantKey{hub, id, l.Subs[id]}, user, how)
 		switch {
 		case errors.Is(err, ErrAbsent):
 		case err != nil:
@@ -62,7 +99,7 @@ func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provide
 		}
 	}
 	if len(gone)+len(errs) == 0 {
-		return nil, Errorf(Invalid, "user: %q has no grant to end at %s", user, orAll(provider)).Hint("tokenbroker sessions list shows who has")
+		return nil, Errorf(Invalid, "user: %q has no grant to end at %s", user, orAll(provider)).Hint("tokenbroker sessions list shows who has").Because(errNoGrant)
 	}
 	if err := b.stopIssuing(ctx, hub, user, gone); err != nil {
 		return gone, errors.Join(append(errs, err)...)
@@ -89,24 +126,44 @@ func (b *Broker) revokeGone(ctx context.Context, hub HubID, gone []Disconnection
 	asked.Wait()
 }
 
+// An ending is how a grant is ended from our side.
+type ending struct {
+	state  GrantState
+	reason string
+	revoke bool // also at the provider
+}
+
+var (
+	byAdministrator = ending{Disconnected, "disconnected by an administrator", true}
+	byLogout        = ending{NeedsLogin, "logged_out", false}
+)
+
 // tombstone ends one grant. Whatever is under way finds the mark: a refresh
 // before it stores, a request before it answers.
-func (b *Broker) tombstone(ctx context.Context, k GrantKey, user UserID) (g Grant, err error) {
-	err = b.revokeSoon(ctx, k, func() error {
+func (b *Broker) tombstone(ctx context.Context, k GrantKey, user UserID, how ending) (g Grant, err error) {
+	mark := func() error {
 		g, err = b.changeGrant(ctx, k, func(g *Grant, exists bool) error {
 			switch {
 			case !exists || g.User != user:
 				return ErrAbsent
-			case !g.Tombstone.IsZero():
+			case !g.Tombstone.IsZero() && (g.State == how.state || g.State == Disconnected):
 				return errKeep
 			}
 			now := b.pulse.now()
-			g.Tombstone, g.EndedAt, g.Revocation = now, now, RevocationPending
-			g.end(Disconnected, "disconnected by an administrator", now)
+			g.Tombstone, g.EndedAt = now, now
+			g.end(how.state, how.reason, now)
+			if how.revoke {
+				g.Revocation = RevocationPending
+			}
 			return nil
 		})
 		return err
-	})
+	}
+	if !how.revoke {
+		err = mark()
+		return g, err
+	}
+	err = b.revokeSoon(ctx, k, mark)
 	return g, err
 }
 
@@ -135,11 +192,11 @@ func (b *Broker) revokeLate(ctx context.Context, k GrantKey, refresh Secret) {
 
 // rightsMoved tells every broker that a grant's rights changed, and what went
 // with them the audit and the provider.
-func (b *Broker) rightsMoved(ctx context.Context, was, is Grant) error {
+func (b *Broker) rightsMoved(ctx context.Context, was, is Grant, cause string) error {
 	if err := b.move(ctx, is.Key); err != nil {
 		return err
 	}
-	b.recordRoles(ctx, was, is)
+	b.recordRoles(ctx, was, is, cause)
 	if err := b.revokeUnallowed(ctx, is.Key.Hub, is.User); err != nil {
 		b.cfg.Log.Error("tokens of roles that were lost can't be revoked; they work until they end", "grant", is.Key, "err", err)
 	}

@@ -1,0 +1,211 @@
+package broker_test
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"tokenbroker/broker"
+	"tokenbroker/broker/brokertest"
+)
+
+// lookNow hints at sub, some time after what was done before.
+func (r *rig) lookNow(sub string) {
+	r.t.Helper()
+	time.Sleep(time.Second)
+	if err := r.LookNow(context.Background(), "keycloak", sub, "a test"); err != nil {
+		r.t.Errorf("LookNow: %v", err)
+	}
+}
+
+func TestAHintIsFollowedAtOnce(t *testing.T) {
+	for _, left := range [][]string{nil, {"student"}} {
+		inBubble(t, func(r *rig) {
+			r.provider.SetRoles("alice", "researcher", "guest")
+			r.loggedIn("alice")
+			p := r.running("alice", 100)
+			r.token(p, broker.Want{})
+			r.provider.SetRoles("alice", left...)
+			r.lookNow("alice")
+			r.refused(p, broker.Want{}, broker.ErrDenied)
+			r.provider.SetRoles("alice", "researcher")
+			r.lookNow("alice")
+			r.token(p, broker.Want{})
+		})
+	}
+}
+
+func TestAHintWithoutAChangeChangesNothing(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{})
+		was := r.grant("alice")
+		r.lookNow("alice")
+		r.lookNow("nobody we know")
+		if is := r.grant("alice"); is.Epoch != was.Epoch || is.Version != was.Version || r.provider.Calls("refresh") != 0 {
+			t.Errorf("the grant went from %+v to %+v", was, is)
+		}
+	})
+}
+
+func TestAHintAboutASessionThatEndedAsksForALogin(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{})
+		r.provider.EndSession("alice")
+		r.lookNow("alice")
+		r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+	})
+}
+
+func TestAHintThatCannotBeFollowedSaysSo(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.provider.OnLook(func(*broker.Identity) error { return &broker.ProviderError{Class: broker.TryLater} })
+		if err := r.LookNow(context.Background(), "keycloak", "alice", "a test"); err == nil {
+			t.Error("LookNow says nothing although nothing is known")
+		}
+		r.token(p, broker.Want{})
+		if err := r.LookNow(context.Background(), "nowhere", "alice", "a test"); !errors.Is(err, broker.ErrInvalid) {
+			t.Errorf("LookNow at an unknown provider: %v", err)
+		}
+	})
+}
+
+func TestAProviderThatShowsNothingIsAskedByARefresh(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.provider.OnLook(func(*broker.Identity) error {
+			return &broker.ProviderError{Class: broker.Misconfigured, Reason: "unsupported"}
+		})
+		r.token(p, broker.Want{})
+		r.provider.SetRoles("alice", "student")
+		r.lookNow("alice")
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+	})
+}
+
+// Whoever hints while a look is under way may know of what that look was too early
+// to see.
+func TestManyHintsCostALookAndOneMore(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		before := r.provider.Calls("look")
+		release := make(chan struct{})
+		r.provider.OnLook(func(*broker.Identity) error { <-release; return nil })
+		var all sync.WaitGroup
+		all.Go(func() { r.lookNow("alice") })
+		synctest.Wait()
+		for range 50 {
+			all.Go(func() { r.lookNow("alice") })
+		}
+		synctest.Wait()
+		close(release)
+		all.Wait()
+		if n := r.provider.Calls("look") - before; n != 2 {
+			t.Errorf("%d looks for 51 hints, want 2", n)
+		}
+	})
+}
+
+func TestAllSubjectsAreLookedAtWithTheCautionOfARound(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		users := []broker.UserID{"u1", "u2", "u3", "u4"}
+		for _, u := range users {
+			r.provider.SetRoles(string(u), "researcher")
+		}
+		peers := r.allRunning(users)
+		r.provider.SetRoles("u1", "student")
+		if err := r.LookAtAll(context.Background(), "keycloak", "a role was deleted"); err != nil {
+			t.Errorf("LookAtAll: %v", err)
+		}
+		r.refused(peers["u1"], broker.Want{}, broker.ErrDenied)
+		r.token(peers["u2"], broker.Want{})
+
+		// Nobody has a role any more, says the provider: a mistake of its own.
+		r.provider.OnLook(func(id *broker.Identity) error { id.Roles = nil; return nil })
+		if err := r.LookAtAll(context.Background(), "keycloak", "a storm"); err != nil {
+			t.Errorf("LookAtAll: %v", err)
+		}
+		r.token(peers["u2"], broker.Want{})
+	})
+}
+
+func TestLogoutAtTheHubDoesWhatTheHubIsConfiguredFor(t *testing.T) {
+	for _, tt := range []struct {
+		on      broker.OnLogout
+		ends    bool
+		revokes bool
+	}{{"", false, false}, {broker.Keep, false, false}, {broker.StopIssuing, true, false}, {broker.RevokeAll, true, true}} {
+		t.Run(string(tt.on), func(t *testing.T) {
+			inBubble(t, func(r *rig) {
+				handle := r.loggedIn("alice")
+				p := r.running("alice", 100)
+				r.token(p, broker.Want{})
+				for range 2 { // it may be said twice
+					if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+						t.Fatalf("HubLogout: %v", err)
+					}
+				}
+				if _, err := r.HubLogout(context.Background(), "main", "nobody"); err != nil {
+					t.Errorf("HubLogout of a user without a grant: %v", err)
+				}
+				if revoked := len(r.provider.Revoked()) > 0; revoked != tt.revokes {
+					t.Errorf("revoked at the provider: %t", revoked)
+				}
+				if !tt.ends {
+					r.token(p, broker.Want{})
+					return
+				}
+				r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+				if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || s.Active {
+					t.Errorf("the hub's session is %+v, %v", s, err)
+				}
+				time.Sleep(time.Second)
+				r.loggedIn("alice")
+				r.token(p, broker.Want{}) // the same kernel goes on
+			}, func(c *broker.Config) { c.Hubs["main"] = broker.Hub{Login: "keycloak", OnLogout: tt.on} })
+		})
+	}
+}
+
+func TestLogoutDoesNotSoftenADisconnect(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.disconnect()
+		if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+			t.Fatal(err)
+		}
+		r.refused(p, broker.Want{}, broker.ErrRevoked)
+	}, func(c *broker.Config) { c.Hubs["main"] = broker.Hub{Login: "keycloak", OnLogout: broker.StopIssuing} })
+}
+
+// A refresh that is under way when the user logs out must not bring the grant back.
+func TestLogoutDuringARefresh(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() {
+			if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+				t.Error(err)
+			}
+		}})
+		r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+		if g := r.grant("alice"); g.State != broker.NeedsLogin || g.Tombstone.IsZero() {
+			t.Errorf("the grant is %s", g.State)
+		}
+		if !slices.Contains(r.provider.Revoked(), r.provider.RefreshToken("alice")) {
+			t.Error("the token that nobody keeps any more was not revoked")
+		}
+	}, func(c *broker.Config) { c.Hubs["main"] = broker.Hub{Login: "keycloak", OnLogout: broker.StopIssuing} })
+}
