@@ -34,9 +34,9 @@ const (
 	strictNPM    = "oidc-provider 9"
 )
 
-// shortLife is how long their access tokens live. The broker gives one out for two
-// thirds of it, less what Keycloak cuts off.
-const shortLife = 3 * time.Second
+// shortLife is how long their access tokens live. A broker gives one out for two of
+// these seconds.
+const shortLife = 4 * time.Second
 
 // installed is where deploy/setup has put something. Without it the test is
 // skipped, but not in CI.
