@@ -165,7 +165,8 @@ func (k *keycloak) start() (err error) {
 	k.cmd = exec.Command("nice", "bash", filepath.Join(home, "bin/kc.sh"), "start-dev",
 		"--db=dev-mem", "--import-realm", "--http-host=127.0.0.1", "--http-port=0")
 	k.cmd.Env = append(os.Environ(), "JAVA_OPTS_KC_HEAP=-Xms64m -Xmx384m", "JAVA_OPTS_APPEND=-XX:TieredStopAtLevel=1")
-	k.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	// SIGTERM, because what we start is a shell, which passes that on.
+	k.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGTERM}
 	log := filepath.Join(k.dir, "log")
 	if k.cmd.Stdout, err = os.Create(log); err != nil {
 		return err
