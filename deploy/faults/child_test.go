@@ -34,14 +34,19 @@ type setup struct {
 	Redis   string // socket
 	Issuer  string
 	Secret  string
-	Common  bool          // refresh the common way; see control_test.go
-	Timeout time.Duration // of a call to the provider; 0: the usual
+	Profile string
+	// Narrowing is by scope, where each set of scopes is another refresh, or the
+	// profile's.
+	Narrowing broker.Narrowing
+	Common    bool          // refresh the common way; see control_test.go
+	Timeout   time.Duration // of a call to the provider; 0: the usual
 }
 
 // A Call is what the test asks of a broker.
 type Call struct {
 	User           string
 	Code, Verifier string        // of a login
+	Handle         string        // of the hub's
 	Scopes         []string      // of a token
 	Patience       time.Duration // the caller hangs up then; 0: never
 	Step           string        // to kill or stop at
@@ -52,6 +57,8 @@ type Call struct {
 type Reply struct {
 	Code     string // of the error; empty: it worked
 	Sentence string
+	Next     string // what to do about it
+	Handle   string // after a login
 }
 
 // A Service is the door of a broker process.
@@ -59,7 +66,7 @@ type Service struct{ s system }
 
 // A system keeps refresh tokens: ours, and how it is commonly done.
 type system interface {
-	login(ctx context.Context, c Call) error
+	login(ctx context.Context, c Call) (handle string, err error)
 	token(ctx context.Context, c Call) error
 }
 
@@ -93,8 +100,9 @@ func (*Service) Arm(c Call, _ *Reply) error {
 }
 
 // Login logs the user in.
-func (s *Service) Login(c Call, r *Reply) error {
-	return r.of(s.s.login(context.Background(), c))
+func (s *Service) Login(c Call, r *Reply) (err error) {
+	r.Handle, err = s.s.login(context.Background(), c)
+	return r.of(err)
 }
 
 // Token gets the user's container a token.
@@ -108,12 +116,28 @@ func (s *Service) Token(c Call, r *Reply) error {
 	return r.of(s.s.token(ctx, c))
 }
 
+// Refresh is the hub's asking for a new token, as at a token endpoint.
+func (s *Service) Refresh(c Call, r *Reply) error {
+	_, err := s.s.(*ours).RefreshHub(context.Background(), "hub", "idp", broker.NewSecret(c.Handle))
+	return r.of(err)
+}
+
+// Check is the hub's asking whether the session lives.
+func (s *Service) Check(c Call, r *Reply) error {
+	session, err := s.s.(*ours).CheckSession(context.Background(), "hub", "idp", broker.NewSecret(c.Handle), broker.UserID(c.User), "")
+	if err == nil && !session.Active {
+		r.Code, r.Sentence = string(broker.LoginRequired), session.Reason
+		return nil
+	}
+	return r.of(err)
+}
+
 func (r *Reply) of(err error) error {
 	var said *broker.Error
 	switch {
 	case err == nil:
 	case errors.As(err, &said):
-		r.Code, r.Sentence = string(said.Code), said.Sentence
+		r.Code, r.Sentence, r.Next = string(said.Code), said.Sentence, said.Next
 	default:
 		r.Code, r.Sentence = string(broker.Internal), err.Error()
 	}
@@ -127,8 +151,8 @@ func open() (system, error) {
 		return nil, err
 	}
 	p, err := oauthprovider.New(oauthprovider.Config{
-		Name: "idp", Profile: "keycloak", Issuer: c.Issuer, ClientID: "jupyterhub", ClientSecret: broker.NewSecret(c.Secret),
-		Narrowing: broker.ByScope, Roles: []string{"roles"}, Timeout: c.Timeout,
+		Name: "idp", Profile: c.Profile, Issuer: c.Issuer, ClientID: client, ClientSecret: broker.NewSecret(c.Secret),
+		Narrowing: c.Narrowing, Roles: []string{"roles"}, Timeout: c.Timeout,
 	})
 	if err != nil {
 		return nil, err
@@ -162,7 +186,8 @@ func newOurs(c setup, p broker.Provider) (*ours, error) {
 	b, err := broker.New(broker.Config{
 		Deployment: "faults", Host: broker.HostID(c.Host), Contact: "nobody",
 		Hubs: map[broker.HubID]broker.Hub{"hub": {Login: "idp"}}, Providers: []broker.Provider{p},
-		Rules: []broker.Rule{{Provider: "idp", Roles: []string{"researcher"}, Scopes: scopes}},
+		// oidc-provider's access tokens can't be read; whom they are for is not known.
+		Rules: []broker.Rule{{Provider: "idp", Roles: []string{"researcher"}, Scopes: scopes, Unverified: c.Profile == "generic"}},
 		Store: store, Keys: keys, Attestor: anybody{}, Sockets: brokertest.NewSockets(),
 		Audit: io.Discard, Log: slog.New(slog.NewTextHandler(log, nil)), Journal: filepath.Join(c.Dir, c.Host+".journal"),
 	})
@@ -172,15 +197,15 @@ func newOurs(c setup, p broker.Provider) (*ours, error) {
 	return &ours{Broker: b, served: map[string]*sync.WaitGroup{}}, b.Start(context.Background())
 }
 
-func (o *ours) login(ctx context.Context, c Call) error {
+func (o *ours) login(ctx context.Context, c Call) (handle string, err error) {
 	t, err := o.Login(ctx, "hub", "idp", broker.CodeGrant{
 		Code: broker.NewSecret(c.Code), Verifier: broker.NewSecret(c.Verifier), RedirectURI: redirect,
 	})
 	if err != nil {
-		return err
+		return "", err
 	}
 	_, err = o.Claim(ctx, "hub", "idp", t.Handle, broker.UserID(c.User))
-	return err
+	return t.Handle.Reveal(), err
 }
 
 func (o *ours) token(ctx context.Context, c Call) error {

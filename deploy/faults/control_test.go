@@ -30,14 +30,14 @@ func newCommon(c setup, p broker.Provider) *common {
 	return &common{redis.NewClient(&redis.Options{Network: "unix", Addr: c.Redis}), p}
 }
 
-func (s *common) login(ctx context.Context, c Call) error {
+func (s *common) login(ctx context.Context, c Call) (handle string, err error) {
 	_, iss, err := s.p.Login(ctx, broker.CodeGrant{
 		Code: broker.NewSecret(c.Code), Verifier: broker.NewSecret(c.Verifier), RedirectURI: redirect,
 	})
 	if err != nil {
-		return err
+		return "", err
 	}
-	return s.redis.Set(ctx, "session:"+c.User, iss.RefreshToken.Reveal(), 0).Err()
+	return "", s.redis.Set(ctx, "session:"+c.User, iss.RefreshToken.Reveal(), 0).Err()
 }
 
 func (s *common) token(ctx context.Context, c Call) error {

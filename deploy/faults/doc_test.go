@@ -7,12 +7,15 @@
 //	go test -tags failpoints -count=1 -v -timeout 2h ./deploy/faults -args -long        the long form; prints a table
 //
 // It needs redis-server 7. The brokers are this test's own binary, started again
-// (child_test.go); the provider is broker/devidp, served by the test itself.
+// (child_test.go); the provider is broker/devidp, served by the test itself, or one
+// of two that none of us wrote (provider_test.go), which deploy/setup installs:
+// Keycloak, which starts while other tests run, and npm's oidc-provider.
 //
-//	kill_test.go     SIGKILL at each step of a refresh, over three kinds of provider
-//	pause_test.go    SIGSTOP of a broker past its lease, then SIGCONT
-//	storm_test.go    many callers on two and three brokers, and callers who hang up
-//	control_test.go  how it is commonly done, in a few lines, and what it loses here
+//	kill_test.go       SIGKILL at each step of a refresh, over three kinds of provider
+//	pause_test.go      SIGSTOP of a broker past its lease, then SIGCONT
+//	storm_test.go      many callers on two and three brokers, and callers who hang up
+//	strangers_test.go  callers, hubs, kills and lost answers at the providers of others
+//	control_test.go    how it is commonly done, in a few lines, and what it loses here
 //
 // Every kill test is of a process, not of a machine: what was written to a file
 // but not yet synced survives it.

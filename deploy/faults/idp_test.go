@@ -3,11 +3,15 @@
 package faults_test
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
+	"path"
 	"sync"
 	"testing"
 	"time"
@@ -37,12 +41,18 @@ func subset(n int) (list []string) {
 	return list
 }
 
-// An idp is a devidp that is slow, and tells the test when a refresh request has
-// come and when the refresh token is spent. Like a real server it doesn't notice
-// that a client hangs up: what it has begun happens.
+// An idp is a provider, and what stands before it: that is slow, counts, and tells
+// the test when a refresh request has come and when the refresh token is spent.
+// Like a real server it doesn't notice that a client hangs up: what it has begun
+// happens.
 type idp struct {
-	*devidp.Server
-	url string
+	*devidp.Server              // nil before a stranger
+	provider       http.Handler // who is asked
+	url            string       // the issuer
+	secret         string       // of the hub's client
+	profile        string
+	// code logs a user in, and returns what the hub then gets.
+	code func(user string, scopes ...string) (code, verifier string, err error)
 
 	mu      sync.Mutex // guards all below
 	latency time.Duration
@@ -52,13 +62,30 @@ type idp struct {
 	gave    []string       // refresh tokens, in order
 }
 
+// startIDP starts a provider of a kind, with 64 users or more.
 func startIDP(t *testing.T, kind string) *idp {
 	t.Helper()
-	p := &idp{uses: map[string]int{}}
+	p := &idp{uses: map[string]int{}, secret: "secret of the test", profile: "keycloak"}
 	front := httptest.NewUnstartedServer(p)
 	p.url = "http://" + front.Listener.Addr().String()
+	switch kind {
+	case realKeycloak:
+		p.askKeycloak(t)
+	case strictNPM:
+		p.askStrictNPM(t)
+	default:
+		p.askDev(t, kind)
+	}
+	front.Start()
+	t.Cleanup(front.Close)
+	return p
+}
+
+// askDev puts p before a devidp.
+func (p *idp) askDev(t *testing.T, kind string) {
+	t.Helper()
 	cfg := devidp.Config{
-		Issuer: p.url, ClientSecret: broker.NewSecret("secret of the test"), Scopes: scopes, Audiences: map[string][]string{},
+		Issuer: p.url, ClientSecret: broker.NewSecret(p.secret), Scopes: scopes, Audiences: map[string][]string{},
 		AccessTTL: time.Hour, KeepRefresh: kind == keeping,
 	}
 	if kind == grace {
@@ -71,18 +98,20 @@ func startIDP(t *testing.T, kind string) *idp {
 	if p.Server, err = devidp.New(cfg); err != nil {
 		t.Fatal(err)
 	}
-	front.Start()
-	t.Cleanup(front.Close)
-	return p
+	p.provider = p.Server
+	p.code = func(user string, scopes ...string) (code, verifier string, err error) {
+		return devidp.CodeFor(context.Background(), p.url, client, redirect, user, scopes...)
+	}
 }
 
 func (p *idp) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if r.URL.Path != "/oauth/token" || r.PostFormValue("grant_type") != "refresh_token" {
-		p.Server.ServeHTTP(w, r)
+	refresh := refreshToken(r)
+	if refresh == "" {
+		p.provider.ServeHTTP(w, r)
 		return
 	}
 	p.mu.Lock()
-	p.uses[r.PostFormValue("refresh_token")]++
+	p.uses[refresh]++
 	latency, arrived, spent := p.latency, p.arrived, p.spent
 	p.mu.Unlock()
 	if arrived != nil && arrived() {
@@ -90,7 +119,7 @@ func (p *idp) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	time.Sleep(latency / 2)
 	answer := httptest.NewRecorder()
-	p.Server.ServeHTTP(answer, r.WithContext(context.WithoutCancel(r.Context())))
+	p.provider.ServeHTTP(answer, r.WithContext(context.WithoutCancel(r.Context())))
 	p.note(answer.Body.Bytes())
 	if spent != nil {
 		spent()
@@ -101,6 +130,20 @@ func (p *idp) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	w.WriteHeader(answer.Code)
 	w.Write(answer.Body.Bytes())
+}
+
+// refreshToken is what a request spends; empty: it is no refresh.
+func refreshToken(r *http.Request) string {
+	if path.Base(r.URL.Path) != "token" {
+		return ""
+	}
+	body, _ := io.ReadAll(r.Body)
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	form, _ := url.ParseQuery(string(body))
+	if form.Get("grant_type") != "refresh_token" {
+		return ""
+	}
+	return form.Get("refresh_token")
 }
 
 // note keeps the refresh token of an answer.
@@ -149,6 +192,13 @@ func (p *idp) peek() (all int) {
 		all += n
 	}
 	return all
+}
+
+// rotations is how many refresh tokens were given since count.
+func (p *idp) rotations() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.gave)
 }
 
 // used says how often the nth refresh token was sent that was given since count.

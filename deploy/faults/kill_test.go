@@ -56,11 +56,8 @@ func TestKilledAtEachStepNoGrantIsLost(t *testing.T) {
 	for _, kind := range []string{keeping, grace, strict} {
 		t.Run(kind, func(t *testing.T) {
 			t.Parallel()
-			k := &killing{world: newWorld(t, kind, 2), kind: kind}
-			for i, s := range steps {
-				k.user = fmt.Sprintf("user%d", i)
-				k.cell(s)
-			}
+			k := &killing{world: newWorld(t, kind, 2), kind: kind, runs: pick(20, 3)}
+			k.all(steps)
 		})
 	}
 }
@@ -68,15 +65,28 @@ func TestKilledAtEachStepNoGrantIsLost(t *testing.T) {
 type killing struct {
 	*world
 	kind, user string
+	runs       int // of each step
 	n          int // of the next token
 }
+
+// all kills at each of the steps, each time another user's broker.
+func (k *killing) all(steps []step) {
+	k.t.Helper()
+	for i, s := range steps {
+		k.user = fmt.Sprintf("user%d", i)
+		k.cell(s)
+	}
+}
+
+// window says whether a grant may be lost at s: where a provider has no mercy.
+func (k *killing) window(s step) bool { return k.kind != keeping && k.kind != grace && s.lossy }
 
 // cell kills at s some times over.
 func (k *killing) cell(s step) {
 	k.t.Helper()
 	k.login(k.user)
 	k.idp.count()
-	r := row{proof: "SIGKILL", cell: k.kind + ", " + s.String(), runs: pick(20, 3), window: k.kind == strict && s.lossy}
+	r := row{proof: "SIGKILL", cell: k.kind + ", " + s.String(), runs: k.runs, window: k.window(s)}
 	for i := range r.runs {
 		said := k.kill(s, i)
 		if said.lost() {

@@ -25,7 +25,11 @@ func TestMain(m *testing.M) {
 	flag.Parse()
 	flag.Set("test.parallel", "12")                // they mostly wait
 	slog.SetDefault(slog.New(slog.DiscardHandler)) // zitadel/oidc says there what it refused
+	if only := flag.Lookup("test.run").Value.String(); only == "" || strings.Contains(only, "Stranger") {
+		go theKeycloak.up()
+	}
 	code := m.Run()
+	theKeycloak.stop()
 	report.print()
 	os.Exit(code)
 }

@@ -3,7 +3,6 @@
 package faults_test
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -18,11 +17,14 @@ import (
 
 	"tokenbroker/broker"
 	"tokenbroker/broker/brokertest"
-	"tokenbroker/broker/devidp"
 	"tokenbroker/broker/seal"
 )
 
-const redirect = "http://127.0.0.1:8000/hub/oauth_callback"
+// client and redirect are the hub's at every provider.
+const (
+	client   = "jupyterhub"
+	redirect = "http://127.0.0.1:8000/hub/oauth_callback"
+)
 
 // A world is one deployment: a redis-server, a provider and broker processes.
 type world struct {
@@ -45,8 +47,10 @@ func newWorld(t *testing.T, kind string, n int, edit ...func(*world)) *world {
 		t.Fatal(err)
 	}
 	w := &world{t: t, idp: startIDP(t, kind)}
-	_, secret := w.idp.Client()
-	w.setup = setup{Dir: dir, Redis: brokertest.StartRedis(t).Socket, Issuer: w.idp.url, Secret: secret.Reveal()}
+	w.setup = setup{
+		Dir: dir, Redis: brokertest.StartRedis(t).Socket, Issuer: w.idp.url, Secret: w.idp.secret,
+		Profile: w.idp.profile, Narrowing: broker.ByScope,
+	}
 	for _, e := range edit {
 		e(w)
 	}
@@ -79,19 +83,21 @@ func (w *world) tell() {
 	}
 }
 
-// login gives user a new session, through the first broker.
-func (w *world) login(user string) {
+// login gives user a new session, through the first broker, and the hub a handle.
+func (w *world) login(user string) (handle string) {
 	w.t.Helper()
-	code, verifier, err := devidp.CodeFor(context.Background(), w.idp.url, "jupyterhub", redirect, user, append([]string{"openid"}, scopes...)...)
+	code, verifier, err := w.idp.code(user, append([]string{"openid"}, scopes...)...)
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	if r, err := w.brokers[0].call("Login", Call{User: user, Code: code, Verifier: verifier}); err != nil || r.Code != "" {
+	r, err := w.brokers[0].call("Login", Call{User: user, Code: code, Verifier: verifier})
+	if err != nil || r.Code != "" {
 		w.t.Fatalf("log %s in: %+v, %v", user, r, err)
 	}
 	for _, b := range w.brokers {
 		w.knows(b, user)
 	}
+	return r.Handle
 }
 
 // knows waits until b gives user a token: for 250 ms a broker goes by what it has
