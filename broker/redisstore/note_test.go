@@ -149,11 +149,14 @@ func publisher(t *testing.T, ping func(io.Writer)) string {
 				if err != nil {
 					break
 				}
-				if strings.EqualFold(args[0], "ping") {
+				switch strings.ToLower(args[0]) {
+				case "subscribe":
+					io.WriteString(conn, "*3\r\n$9\r\nsubscribe\r\n$1\r\nx\r\n:1\r\n")
+				case "ping":
 					ping(conn)
-					continue
+				default:
+					io.WriteString(conn, "-ERR unknown command\r\n")
 				}
-				fmt.Fprintf(conn, "*3\r\n$9\r\nsubscribe\r\n$1\r\nx\r\n:1\r\n")
 			}
 			conn.Close()
 		}
