@@ -20,6 +20,7 @@ import (
 type counting struct {
 	broker.Store
 	records, pulses atomic.Int32
+	after           func() // each pulse was read, before it arrives
 }
 
 func (c *counting) Get(ctx context.Context, k broker.Key) (broker.Record, error) {
@@ -29,13 +30,15 @@ func (c *counting) Get(ctx context.Context, k broker.Key) (broker.Record, error)
 
 func (c *counting) Pulse(ctx context.Context) (broker.Pulse, error) {
 	c.pulses.Add(1)
-	return c.Store.Pulse(ctx)
+	p, err := c.Store.Pulse(ctx)
+	c.after()
+	return p, err
 }
 
 // counted is a second broker whose reads are counted.
 func (r *rig) counted() (*rig, *counting) {
 	r.t.Helper()
-	c := &counting{Store: r.store}
+	c := &counting{Store: r.store, after: func() {}}
 	r.cfg.Store = c
 	defer func() { r.cfg.Store = r.store }()
 	return r.second(), c
@@ -318,5 +321,24 @@ func TestMovesOfTheRevisionAreAnnouncedToWhatIsKeptOpen(t *testing.T) {
 		if !isClosed(there) {
 			t.Error("a move that a read found was not announced")
 		}
+	})
+}
+
+func TestAReadThatIsUnderWayWhenANoteArrivesIsNotBelieved(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		other, slow := r.counted()
+		defer other.Close()
+		q := other.running("alice", 200)
+		other.token(q, broker.Want{})
+		time.Sleep(time.Second) // past the lease
+		slow.after = func() { time.Sleep(100 * time.Millisecond) }
+		var under sync.WaitGroup
+		under.Go(func() { other.refused(q, broker.Want{}, broker.ErrRevoked) })
+		synctest.Wait() // the revision was read, and is on its way
+		if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+			t.Fatal(err)
+		}
+		under.Wait()
 	})
 }

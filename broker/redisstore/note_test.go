@@ -16,7 +16,7 @@ import (
 )
 
 // listen returns what is heard at s until the test ends.
-func listen(t *testing.T, s *redisstore.Store) <-chan string {
+func listen(t testing.TB, s *redisstore.Store) <-chan string {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	heard, ended := make(chan string, 1000), make(chan struct{})
@@ -28,7 +28,7 @@ func listen(t *testing.T, s *redisstore.Store) <-chan string {
 	return heard
 }
 
-func hears(t *testing.T, notes <-chan string, want string) {
+func hears(t testing.TB, notes <-chan string, want string) {
 	t.Helper()
 	select {
 	case got := <-notes:
