@@ -325,20 +325,48 @@ func TestMovesOfTheRevisionAreAnnouncedToWhatIsKeptOpen(t *testing.T) {
 }
 
 func TestAReadThatIsUnderWayWhenANoteArrivesIsNotBelieved(t *testing.T) {
-	inBubble(t, func(r *rig) {
-		r.loggedIn("alice")
-		other, slow := r.counted()
-		defer other.Close()
-		q := other.running("alice", 200)
-		other.token(q, broker.Want{})
-		time.Sleep(time.Second) // past the lease
-		slow.after = func() { time.Sleep(100 * time.Millisecond) }
-		var under sync.WaitGroup
-		under.Go(func() { other.refused(q, broker.Want{}, broker.ErrRevoked) })
-		synctest.Wait() // the revision was read, and is on its way
-		if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
-			t.Fatal(err)
-		}
-		under.Wait()
-	})
+	// The read that is under way takes 100 ms, those after it as long as it says.
+	for name, tt := range map[string]struct {
+		then  time.Duration
+		reads int32
+	}{
+		"and a later one takes longer": {200 * time.Millisecond, 2},
+		"and a later one overtakes it": {0, 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(r *rig) {
+				r.loggedIn("alice")
+				other, cost := r.counted()
+				defer other.Close()
+				q := other.running("alice", 200)
+				other.token(q, broker.Want{})
+				time.Sleep(time.Second) // past the lease
+				moves, before := other.Moves(), cost.pulses.Load()
+				cost.after = func() {
+					if cost.pulses.Load() == before+1 {
+						time.Sleep(100 * time.Millisecond)
+					} else {
+						time.Sleep(tt.then)
+					}
+				}
+				// It asks once, and is content with what comes.
+				go other.CheckSession(context.Background(), "main", "keycloak", broker.NewSecret("tbh_unknown"), "alice", "")
+				time.Sleep(10 * time.Millisecond)
+				if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+					t.Fatal(err)
+				}
+				time.Sleep(90 * time.Millisecond)
+				synctest.Wait()
+				other.refused(q, broker.Want{}, broker.ErrRevoked)
+				select {
+				case <-moves:
+				default:
+					t.Error("the move was not announced")
+				}
+				if n := cost.pulses.Load() - before; n != tt.reads {
+					t.Errorf("the revision was read %d times, want %d: the one under way and the one that the note called for", n, tt.reads)
+				}
+			})
+		})
+	}
 }
