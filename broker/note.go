@@ -62,24 +62,22 @@ func (b *Broker) heard(note string) {
 
 // await waits for a note at bell, as long as wait and somewhat more at the most,
 // so that brokers that began together don't go on together. It waits for a
-// tenth of that in any case: not each note is worth a look.
-func (b *Broker) await(bell <-chan struct{}, wait time.Duration) {
-	if !b.rest(nil, wait/10) {
-		b.rest(bell, wait-wait/10+rand.N(wait/4))
+// tenth of that in any case: not each note is worth a look, and who closes may
+// have something to finish here that takes more than one.
+func (b *Broker) await(ctx context.Context, bell <-chan struct{}, wait time.Duration) error {
+	least := wait / 10
+	if err := pause(ctx, least); err != nil {
+		return err
 	}
-}
-
-// rest waits for d, and reports whether a note or the broker's end came before.
-func (b *Broker) rest(bell <-chan struct{}, d time.Duration) bool {
-	t := time.NewTimer(d)
+	t := time.NewTimer(wait - least + rand.N(wait/4))
 	defer t.Stop()
 	select {
 	case <-t.C:
-		return false
 	case <-bell:
 	case <-b.closing:
+	case <-ctx.Done():
 	}
-	return true
+	return ctx.Err()
 }
 
 // bells ring where somebody waits. The zero value is ready.

@@ -368,3 +368,34 @@ func TestAReadThatIsUnderWayWhenANoteArrivesIsNotBelieved(t *testing.T) {
 		})
 	}
 }
+
+func TestNobodyIsHurriedToRetryALostAnswer(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		ctx, cancel := context.WithCancel(context.Background())
+		var told atomic.Int32
+		var ended sync.WaitGroup
+		ended.Go(func() {
+			r.store.Listen(ctx, func(note string) {
+				if note == forged("alice") {
+					told.Add(1)
+				}
+			})
+		})
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost}})
+		ended.Go(func() { r.token(p, broker.Want{}) })
+		synctest.Wait()
+		if n := told.Load(); n != 0 {
+			t.Errorf("%d notes said that the grant is free before its retry", n)
+		}
+		time.Sleep(3 * time.Second)
+		synctest.Wait()
+		if n := told.Load(); n != 1 {
+			t.Errorf("%d notes said that the refresh has ended, want 1", n)
+		}
+		cancel()
+		ended.Wait()
+	})
+}

@@ -114,7 +114,9 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 		case time.Now().After(deadline):
 			return t, Errorf(ProviderDown, "another broker has been refreshing this grant for too long").Because(err)
 		}
-		b.await(bell, wait)
+		if err := b.await(ctx, bell, wait); err != nil {
+			return t, err
+		}
 	}
 }
 
@@ -424,7 +426,9 @@ func (b *Broker) release(ctx context.Context, began Grant, lost bool) {
 		b.cfg.Log.Warn("a lease could not be given back; it runs out by itself", "grant", began.Key, "err", err)
 		return
 	}
-	b.inform(ctx, grantNote(began.Key))
+	if !lost { // its retry is not for at once
+		b.inform(ctx, grantNote(began.Key))
+	}
 }
 
 // told turns a provider's unfavourable answer into what the caller is told. The
