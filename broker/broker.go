@@ -76,10 +76,11 @@ type Broker struct {
 	bindTurns   turns[ServerKey] // one bind per server
 	slots       chan struct{}    // bounds the binds that Docker's hints start
 	committing  marked[GrantKey] // answers between the journal and the store
+	bells       bells[string]    // at grants that another broker refreshes
 
 	closing chan struct{} // closed by Close
 	work    sync.WaitGroup
-	stop    context.CancelFunc // ends Watch and the recheck
+	stop    context.CancelFunc // ends Watch, the recheck and what listens
 }
 
 // known is a provider with what is known of it without asking, which no request
@@ -98,7 +99,7 @@ func New(cfg Config) (*Broker, error) {
 		cfg:       cfg,
 		providers: make(map[ProviderID]Provider),
 		vault:     vault{store: cfg.Store, keys: cfg.Keys, deployment: cfg.Deployment},
-		pulse:     pulse{store: cfg.Store},
+		pulse:     pulse{store: cfg.Store, hints: make(chan struct{}, 1)},
 		slots:     make(chan struct{}, 8),
 		closing:   make(chan struct{}),
 		stop:      func() {},
@@ -175,6 +176,8 @@ func (b *Broker) Start(ctx context.Context) error {
 			b.cfg.Log.Error("containers are no longer watched", "err", err)
 		}
 	})
+	b.work.Go(func() { _ = b.cfg.Store.Listen(watch, b.heard) })
+	b.work.Go(func() { b.pulse.follow(watch) })
 	b.work.Go(func() { every(watch, settleEvery, b.settle) })
 	b.work.Go(func() { every(watch, keepAliveEvery, b.keepAll) })
 	b.work.Go(func() { every(watch, revokeEvery, b.revokeAll) })

@@ -16,6 +16,7 @@
 //	            heal.go      a store that fell back is put right from journal.go
 //	disconnect  revoke.go    epoch and tombstone up, then the revision; also by a logout
 //	            revocation.go the provider is told of what had been handed out
+//	notes       note.go      what brokers tell each other, so that none need ask often
 //
 // Keys that seal the records are changed by keys.go, while brokers run.
 //
@@ -29,7 +30,8 @@
 // that the answer to an old one is not stored over a newer. Epoch moves with
 // each change of rights, so that what was decided before is void. Whoever moves
 // an epoch moves the deployment's revision afterwards, and no answer leaves
-// unless the revision it rests on was current at most 250 ms before.
+// unless the revision it rests on was current at most 250 ms before. It also tells
+// the other brokers, which then confirm at once; nothing rests on their hearing it.
 //
 // # Roles that change at the provider
 //
@@ -53,7 +55,7 @@
 //	memory, servers      server → registration, workload         Unregister; the workload ends  it outlives its socket
 //	memory, views        hub, user → linked grants               the revision moves; 30 s       it is used without its revision
 //	memory, tokens       grant, audience, scopes → access token  expiry; another epoch          it is used without the grant's epoch
-//	memory, pulse        revision and time of the store          250 ms                         the host's clock is used instead
+//	memory, pulse        revision and time of the store          250 ms; a note of a move       the host's clock is used instead
 //	disk, journal        grant → counters, newest sealed Grant   the store has it for sure      two processes write it
 //	memory, Peer         connection → workload it attested as    the workload is another        it is kept past its connection
 //	store, grant         hub, provider, sub → Grant              for ever                       it opens at another key

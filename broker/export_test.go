@@ -24,3 +24,6 @@ func (b *Broker) Boxes() (n int) {
 	}
 	return n
 }
+
+// Moves is what something that is kept open waits for.
+func (b *Broker) Moves() <-chan struct{} { return b.pulse.moves() }

@@ -34,8 +34,11 @@ const (
 	// of it then covers answerWithin. A broker that was frozen between
 	// begin and send finds itself too late here.
 	sendWithin = 10 * time.Second
-	// leasePoll is how often a grant is looked at that another broker refreshes.
-	leasePoll = 100 * time.Millisecond
+	// leasePoll is how soon a grant is looked at again that another broker
+	// refreshes, if that one doesn't tell that it is done: twice as long each
+	// time, up to leasePollMost.
+	leasePoll     = 100 * time.Millisecond
+	leasePollMost = time.Second
 	// commitFor is for how long a commit is tried again while the store is away.
 	commitFor = time.Minute
 	// disabledFor is for how long a switched-off account is not asked for again.
@@ -87,8 +90,11 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 		return cachedToken{}, err
 	}
 	defer leave()
+	bell, takeDown := b.bells.hang(e.key.grant.member())
+	defer takeDown()
 	retry := false // what was begun is finished, also while the broker closes
-	for deadline := time.Now().Add(2 * scaled(leaseFor)); ; {
+	wait := leasePoll
+	for deadline := time.Now().Add(2 * scaled(leaseFor)); ; wait = min(2*wait, leasePollMost) {
 		if t, ok := b.recall(ctx, e.key, e.good); ok {
 			return t, nil
 		}
@@ -108,7 +114,7 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 		case time.Now().After(deadline):
 			return t, Errorf(ProviderDown, "another broker has been refreshing this grant for too long").Because(err)
 		}
-		if err := pause(ctx, leasePoll); err != nil {
+		if err := b.await(ctx, bell, wait); err != nil {
 			return t, err
 		}
 	}
@@ -418,6 +424,10 @@ func (b *Broker) release(ctx context.Context, began Grant, lost bool) {
 	})
 	if err != nil {
 		b.cfg.Log.Warn("a lease could not be given back; it runs out by itself", "grant", began.Key, "err", err)
+		return
+	}
+	if !lost { // its retry is not for at once
+		b.inform(ctx, grantNote(began.Key))
 	}
 }
 
@@ -460,7 +470,9 @@ func (b *Broker) revokeAtProvider(ctx context.Context, id ProviderID, refresh Se
 // whoever reads the new revision then reads the new rights.
 func (b *Broker) move(ctx context.Context, k GrantKey) error {
 	b.tokens.drop(k)
-	return b.moveRevision(ctx)
+	err := b.moveRevision(ctx)
+	b.inform(ctx, grantNote(k)) // a login and an end take the lease away
+	return err
 }
 
 func (b *Broker) moveRevision(ctx context.Context) error {
@@ -469,6 +481,7 @@ func (b *Broker) moveRevision(ctx context.Context) error {
 	if err != nil {
 		return Errorf(Unavailable, "the token broker can't reach its store").Because(fmt.Errorf("move revision: %w", err))
 	}
+	b.inform(ctx, revisionNote(rev))
 	return nil
 }
 

@@ -54,6 +54,21 @@ type Store interface {
 	// store's time, the one clock of the deployment.
 	Pulse(ctx context.Context) (Pulse, error)
 
+	// Tell passes note on to those who listen, on all brokers of the deployment,
+	// this one too. It is a hint and never a fact: a note may get lost, arrive
+	// late or twice, and whoever can write to the store can forge one, so whoever
+	// hears it looks for himself, and what nobody hears is found out some other
+	// way. That Tell returns no error doesn't say that anybody heard. An empty
+	// note is none.
+	Tell(ctx context.Context, note string) error
+
+	// Listen calls heard with the notes that arrive, one after the other, until
+	// ctx ends; then it returns ctx's error, and never another. If it loses its
+	// connection it makes a new one by itself. It calls heard("") whenever it
+	// begins to listen, at first and after each loss: what was told before may
+	// have been missed. heard must not wait.
+	Listen(ctx context.Context, heard func(note string)) error
+
 	// Settle returns nil once every change that was made before the call will
 	// outlive what the back end is built to outlive: its replicas have it, or
 	// its disk. It may take seconds. An error says that this is not so, or not

@@ -30,7 +30,12 @@ type MemStore struct {
 	after    Hook
 	failure  error
 	calls    map[string]int
+	ears     map[chan string]bool // of those who listen
+	deaf     bool
 }
+
+// manyNotes is how many notes wait for one who listens; more are lost.
+const manyNotes = 64
 
 type memRecord struct {
 	broker.Record
@@ -39,8 +44,9 @@ type memRecord struct {
 }
 
 // A Hook is called with the name of a method ("Get", "Put", "Delete", "Add",
-// "Remove", "Members", "Records", "Move", "Pulse", "Settle", "Check") and its
-// key, if it has one. It may wait, and may call the store. If it returns an error, so does the method.
+// "Remove", "Members", "Records", "Move", "Pulse", "Tell", "Settle", "Check") and
+// its key, if it has one. It may wait, and may call the store. If it returns an
+// error, so does the method.
 type Hook func(method string, k broker.Key) error
 
 // NewMemStore returns an empty store.
@@ -49,6 +55,7 @@ func NewMemStore() *MemStore {
 		records: make(map[string]memRecord),
 		sets:    make(map[string]map[string]bool),
 		calls:   make(map[string]int),
+		ears:    make(map[chan string]bool),
 	}
 }
 
@@ -87,6 +94,17 @@ func (s *MemStore) Advance(d time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.ahead += d
+}
+
+// DropNotes loses all notes, without an error, until DropNotes(false); whoever
+// listens then begins anew, as after a lost connection.
+func (s *MemStore) DropNotes(drop bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.deaf && !drop {
+		s.pass("")
+	}
+	s.deaf = drop
 }
 
 // Tamper puts box where a record lies without moving its revision, as somebody
@@ -284,6 +302,45 @@ func (s *MemStore) Pulse(ctx context.Context) (broker.Pulse, error) {
 		return broker.Pulse{}, err
 	}
 	return p, nil
+}
+
+// Tell implements broker.Store.
+func (s *MemStore) Tell(ctx context.Context, note string) error {
+	return s.do(ctx, "Tell", broker.Key{}, func() error {
+		if !s.deaf && note != "" {
+			s.pass(note)
+		}
+		return nil
+	})
+}
+
+// pass has note heard by those who listen. The caller holds the lock.
+func (s *MemStore) pass(note string) {
+	for ear := range s.ears {
+		select {
+		case ear <- note:
+		default:
+		}
+	}
+}
+
+// Listen implements broker.Store. It hears nothing while the store fails,
+// because nobody can tell anything then.
+func (s *MemStore) Listen(ctx context.Context, heard func(note string)) error {
+	ear := make(chan string, manyNotes)
+	s.locked(func() error { s.ears[ear] = true; return nil })
+	defer s.locked(func() error { delete(s.ears, ear); return nil })
+	if ctx.Err() == nil {
+		heard("")
+	}
+	for ctx.Err() == nil {
+		select {
+		case note := <-ear:
+			heard(note)
+		case <-ctx.Done():
+		}
+	}
+	return ctx.Err()
 }
 
 // Settle implements broker.Store: memory is as durable as it gets.

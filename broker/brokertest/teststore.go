@@ -43,6 +43,9 @@ func TestStore(t *testing.T, open func(t *testing.T) broker.Store) {
 		{"the revision only rises, and is above the time", testMove},
 		{"no two moves return the same revision", testConcurrentMoves},
 		{"a pulse tells revision and time", testPulse},
+		{"a note is heard by all who listen", testNotes},
+		{"a note may hold any bytes", testOddNotes},
+		{"whoever listens begins with an empty note and ends with its context", testListen},
 		{"a cancelled call changes nothing", testCancelled},
 		{"any sequence of calls does what the model does", testModel},
 	} {
@@ -525,6 +528,81 @@ func testPulse(t *testing.T, s broker.Store) {
 	}
 }
 
+// listen returns what is heard at s from now on, and what ends that.
+func listen(t *testing.T, s broker.Store) (notes <-chan string, end func() error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	heard, ended := make(chan string, 1000), make(chan error, 1)
+	go func() { ended <- s.Listen(ctx, func(note string) { heard <- note }) }()
+	end = sync.OnceValue(func() error { cancel(); return <-ended })
+	t.Cleanup(func() { end() })
+	if got := hears(t, heard); got != "" {
+		t.Errorf("Listen began with the note %q, want the empty one", got)
+	}
+	return heard, end
+}
+
+func hears(t *testing.T, notes <-chan string) string {
+	t.Helper()
+	select {
+	case note := <-notes:
+		return note
+	case <-time.After(30 * time.Second):
+		t.Fatal("nothing was heard within 30 s")
+		return ""
+	}
+}
+
+func tell(t *testing.T, s broker.Store, note string) {
+	t.Helper()
+	if err := s.Tell(t.Context(), note); err != nil {
+		t.Fatalf("Tell %q: %v", note, err)
+	}
+}
+
+func testNotes(t *testing.T, s broker.Store) {
+	tell(t, s, "to nobody")
+	one, _ := listen(t, s)
+	two, _ := listen(t, s)
+	for i := range 20 {
+		want := fmt.Sprint("note ", i)
+		tell(t, s, want)
+		for _, notes := range []<-chan string{one, two} {
+			if got := hears(t, notes); got != want {
+				t.Fatalf("heard %q, want %q", got, want)
+			}
+		}
+	}
+}
+
+func testOddNotes(t *testing.T, s broker.Store) {
+	notes, _ := listen(t, s)
+	tell(t, s, "") // is none
+	for _, want := range []string{"\x00", "\r\n", "$-1\r\n", "\xff\xfe", " ", "名前", strings.Repeat("long", 1<<10)} {
+		tell(t, s, want)
+		if got := hears(t, notes); got != want {
+			t.Errorf("heard %d bytes %.20q, want %d bytes %.20q", len(got), got, len(want), want)
+		}
+	}
+}
+
+func testListen(t *testing.T, s broker.Store) {
+	_, end := listen(t, s)
+	notes, _ := listen(t, s)
+	if err := end(); !errors.Is(err, context.Canceled) {
+		t.Errorf("Listen ended with %v, want its context's error", err)
+	}
+	tell(t, s, "to the other")
+	if got := hears(t, notes); got != "to the other" {
+		t.Errorf("heard %q of one who goes on listening", got)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.Listen(ctx, func(note string) { t.Errorf("heard %q after the end", note) }); !errors.Is(err, context.Canceled) {
+		t.Errorf("Listen after its end: got %v, want its context's error", err)
+	}
+}
+
 func testCancelled(t *testing.T, s broker.Store) {
 	put(t, s, key("a"), 0, "x", 0)
 	change(t, s.Add, key("set"), "a")
@@ -542,6 +620,7 @@ func testCancelled(t *testing.T, s broker.Store) {
 		"Add":     s.Add(ctx, key("set"), "b"),
 		"Remove":  s.Remove(ctx, key("set"), "a"),
 		"Check":   s.Check(ctx),
+		"Tell":    s.Tell(ctx, "note"),
 		"Records": s.Records(ctx, func(broker.Key) error { return nil }),
 	} {
 		if !errors.Is(err, context.Canceled) {

@@ -150,7 +150,10 @@ func tryPrimary(ctx context.Context, p primary) error {
 	if err := p.client.Set(ctx, p.key, "1", time.Minute).Err(); err != nil {
 		return err
 	}
-	return p.client.Del(ctx, p.key).Err()
+	if err := p.client.Del(ctx, p.key).Err(); err != nil {
+		return err
+	}
+	return tryNotes(ctx, p)
 }
 
 // tryCommands runs what our scripts run, because of a script Redis doesn't say
@@ -340,6 +343,8 @@ func exposed(socket string) (string, error) {
 	return why, nil
 }
 
+const noChannels = "doesn't let user {user} have our channels: give the right by ACL SETUSER {user} &tokenbroker:*"
+
 // advice is what to do about Redis' refusals.
 var advice = []struct{ kind, sentence string }{
 	{"NOAUTH", "wants a password: set password_file"},
@@ -357,6 +362,8 @@ var advice = []struct{ kind, sentence string }{
 	{"cluster support disabled", "is no Redis Cluster: name it as address instead of cluster"},
 	{"DB index is out of range", "has fewer databases: correct db"},
 	{"access a key", "doesn't let user {user} have our keys: give the right by ACL SETUSER {user} ~tokenbroker:*"},
+	{"access a channel", noChannels},
+	{"access one of the channels", noChannels},
 	{"access one of the keys", "doesn't let user {user} have our keys: give the right by ACL SETUSER {user} ~tokenbroker:*"},
 }
 

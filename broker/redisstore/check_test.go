@@ -107,13 +107,13 @@ func TestCheckRefusesARedisThatIsOpenToStrangers(t *testing.T) {
 		{"a password", []string{"requirepass " + password}, redisstore.Config{Password: broker.NewSecret(password)}, ""},
 		{
 			"we have a password but strangers need none",
-			[]string{"user default on nopass ~* &* +@all", "user broker on >" + password + " ~* +@all"},
+			[]string{"user default on nopass ~* &* +@all", "user broker on >" + password + " ~* &* +@all"},
 			redisstore.Config{User: "broker", Password: broker.NewSecret(password)},
 			"switch its user default off",
 		},
 		{
 			"strangers may do nothing but ping",
-			[]string{"user default on nopass -@all +ping", "user broker on >" + password + " ~* +@all"},
+			[]string{"user default on nopass -@all +ping", "user broker on >" + password + " ~* &* +@all"},
 			redisstore.Config{User: "broker", Password: broker.NewSecret(password)},
 			"",
 		},
@@ -223,6 +223,11 @@ func TestCheckNamesTheRightThatIsMissing(t *testing.T) {
 		set(t, "resetkeys")
 		defer set(t, all[0])
 		refuses(t, open(t, cfg), "ACL SETUSER broker ~tokenbroker:*")
+	})
+	t.Run("channels", func(t *testing.T) {
+		set(t, "resetchannels")
+		defer set(t, all[1])
+		refuses(t, open(t, cfg), "ACL SETUSER broker &tokenbroker:*")
 	})
 	accepts(t, open(t, cfg))
 }

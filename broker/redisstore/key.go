@@ -12,6 +12,7 @@ import (
 func (s *Store) record(k broker.Key) string { return s.name("record", k) }
 func (s *Store) set(k broker.Key) string    { return s.name("set", k) }
 func (s *Store) revision() string           { return prefix(s.cfg.Deployment) + "revision" }
+func (s *Store) channel() string            { return prefix(s.cfg.Deployment) + "notes" }
 
 func prefix(deployment string) string { return "tokenbroker:" + escape(deployment) + ":" }
 

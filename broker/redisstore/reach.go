@@ -188,12 +188,17 @@ func (once) NoRetry() bool { return true }
 // do runs one command, whose key is where Redis expects it.
 func (s *Store) do(ctx context.Context, args ...any) *redis.Cmd {
 	cmd := redis.NewCmd(ctx, args...)
-	err := s.client.Process(ctx, once{cmd})
+	s.unanswered(ctx, s.client.Process(ctx, once{cmd}))
+	return cmd
+}
+
+// unanswered has the cluster looked at anew if err is no answer of it: who doesn't
+// answer may have been replaced.
+func (s *Store) unanswered(ctx context.Context, err error) {
 	var answer redis.Error
 	if c, ok := s.client.(*redis.ClusterClient); ok && err != nil && !errors.As(err, &answer) {
-		c.ReloadState(ctx) // who doesn't answer may have been replaced
+		c.ReloadState(ctx)
 	}
-	return cmd
 }
 
 // A primary is a Redis that takes changes: the only one, or one of a cluster's.

@@ -108,6 +108,8 @@ func sentinelFailover(t *testing.T, set *brokertest.RedisSet) {
 	if err := s.Settle(ctx); err != nil {
 		t.Fatal(err)
 	}
+	notes := listen(t, s)
+	hears(t, notes, "")
 
 	set.Sentinels[0].Kill() // of the same machine
 	set.Nodes[0].Kill()
@@ -116,6 +118,7 @@ func sentinelFailover(t *testing.T, set *brokertest.RedisSet) {
 	}
 	eventually(t, "the promoted replica takes changes", func() error { return s.Put(ctx, broker.Key{Kind: "new"}, 0, nil, 0) })
 	survives(t, s, n)
+	hearsAgain(t, s, notes)
 	if p, err := s.Pulse(ctx); err != nil || p.Revision != revision {
 		t.Errorf("Pulse: got %+v, %v; want revision %d", p, err, revision)
 	}
@@ -246,6 +249,10 @@ func clusterFailover(t *testing.T, set *brokertest.RedisSet) {
 		}
 	}
 
+	listener := ofFirst(t, set)
+	notes := listen(t, listener)
+	hears(t, notes, "")
+
 	set.Nodes[0].Kill()
 	eventually(t, "all slots are served again", func() error {
 		for i := range n {
@@ -257,8 +264,25 @@ func clusterFailover(t *testing.T, set *brokertest.RedisSet) {
 		return err
 	})
 	survives(t, s, n)
+	hearsAgain(t, listener, notes)
 	if err := s.Settle(ctx); err == nil || !strings.Contains(err.Error(), "another took its place") {
 		t.Errorf("Settle after the fail-over: got %v, want that another server answers than before", err)
+	}
+}
+
+// ofFirst is a store that listens at the first node, which has its channel's slot.
+func ofFirst(t *testing.T, set *brokertest.RedisSet) *redisstore.Store {
+	t.Helper()
+	cfg := clustered(set)
+	for i := 0; ; i++ {
+		cfg.Deployment = fmt.Sprint("notes", i)
+		slot, err := set.Nodes[0].Ask(set.Password, "CLUSTER", "KEYSLOT", "tokenbroker:"+cfg.Deployment+":notes")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n, err := strconv.Atoi(slot); err == nil && n < 16384/3 {
+			return open(t, cfg)
+		}
 	}
 }
 

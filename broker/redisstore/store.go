@@ -8,6 +8,7 @@
 //	tokenbroker:lab:set:<kind>:<part>:…      set
 //	tokenbroker:lab:revision                 one number
 //
+// and the channel tokenbroker:lab:notes, over which brokers tell each other.
 // Kind and parts are percent-encoded, so every key can be read by people, no
 // two keys meet, and none holds a brace: in a Redis Cluster keys spread over
 // the slots. Each change is one script on one key.
@@ -15,7 +16,7 @@
 // An ACL user needs these rights and no others; Check names one that is
 // missing:
 //
-//	~tokenbroker:* +ping +select +info +eval +evalsha +time
+//	~tokenbroker:* &tokenbroker:* +ping +select +info +eval +evalsha +time +publish +subscribe
 //	+get +set +hget +hmget +hset +del +persist +pexpire +sadd +srem +smembers +wait +scan
 //
 // and +cluster|slots in a cluster. Of the Sentinels it needs
@@ -64,6 +65,7 @@ type Config struct {
 type Store struct {
 	cfg    Config
 	client redis.UniversalClient // knows one server, the one that Sentinels name, or a cluster
+	quiet  time.Duration         // the constant, but for tests
 
 	mu   sync.Mutex // guards seen
 	seen string     // which servers Settle spoke to last; see sameAs
@@ -85,7 +87,7 @@ func Open(cfg Config) (*Store, error) {
 	// stderr about errors that we return anyway, past the broker's own log and
 	// its rules. Nothing else in the broker uses go-redis.
 	redis.SetLogger(&logging.VoidLogger{})
-	return &Store{cfg: cfg, client: cfg.connect()}, nil
+	return &Store{cfg: cfg, client: cfg.connect(), quiet: quiet}, nil
 }
 
 // Close closes the connections. Calls under way return an error.

@@ -508,3 +508,17 @@ func BenchmarkPulse(b *testing.B) {
 		return err
 	})
 }
+
+// BenchmarkTell is from telling a note until it is heard.
+func BenchmarkTell(b *testing.B) {
+	var notes <-chan string
+	benchmark(b, func(s *redisstore.Store, i int64) error {
+		if i == 0 {
+			notes = listen(b, s)
+			hears(b, notes, "")
+		}
+		err := s.Tell(b.Context(), "note")
+		hears(b, notes, "note")
+		return err
+	})
+}

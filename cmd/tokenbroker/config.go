@@ -116,7 +116,8 @@ type RedisConfig struct {
 	Sentinel *SentinelConfig `yaml:"sentinel,omitempty"`
 	// Cluster is a Redis Cluster.
 	Cluster *ClusterConfig `yaml:"cluster,omitempty"`
-	// User is an ACL user. Default: Redis's default user.
+	// User is an ACL user; `go doc tokenbroker/broker/redisstore` lists the rights
+	// it needs. Default: Redis's default user.
 	User string `yaml:"user,omitempty"`
 	// PasswordFile holds the password, the same for all servers of a set.
 	PasswordFile string `yaml:"password_file,omitempty"`
