@@ -69,6 +69,7 @@ type Broker struct {
 	adoptions   flights[string, ticket]
 	revocations flights[GrantKey, struct{}]
 	hints       sequels[subject]
+	watchers    visitors[ServerKey]
 	binds       flights[ServerKey, *server]
 	turns       turns[GrantKey]  // one refresh per grant at a time
 	serverTurns turns[ServerKey] // one Register or Unregister per server

@@ -45,9 +45,18 @@ const oldAfter = 3 * time.Second
 // Token answers one request of a container. It is the straight line: attest,
 // match, decide, cache, refresh, narrow, confirm, record.
 func (b *Broker) Token(ctx context.Context, p *Peer, want Want) (Token, error) {
-	e := b.entry("token", p)
+	return b.issue(ctx, p, want, "token", func(answer, error) bool { return false })
+}
+
+// issue walks the line and records what comes of it, as action. What told says is
+// told already is not recorded again; then it returns errKeep.
+func (b *Broker) issue(ctx context.Context, p *Peer, want Want, action string, told func(answer, error) bool) (Token, error) {
+	e := b.entry(action, p)
 	e.Audience, e.Scopes = want.Audience, want.Scopes
 	a, err := b.answer(ctx, p, want, e)
+	if told(a, err) {
+		return Token{}, errKeep
+	}
 	if err := b.record(ctx, e, err); err != nil {
 		return Token{}, err
 	}

@@ -93,12 +93,19 @@ func (e edge) wrap(desc grpc.ServiceDesc) *grpc.ServiceDesc {
 		methods[i] = grpc.MethodDesc{MethodName: m.MethodName, Handler: e.answer(actions[m.MethodName], m.Handler)}
 	}
 	desc.Methods = methods
+	streams := make([]grpc.StreamDesc, len(desc.Streams))
+	for i, s := range desc.Streams {
+		s.Handler = e.stream(actions[s.StreamName], s.Handler)
+		streams[i] = s
+	}
+	desc.Streams = streams
 	return &desc
 }
 
 // actions is what the audit calls the methods.
 var actions = map[string]string{
 	"GetToken":          "token",
+	"Watch":             "watch",
 	"ListProviders":     "providers",
 	"Claim":             "claim",
 	"CheckSession":      "session",
@@ -130,6 +137,31 @@ func (e edge) answer(action string, method grpc.MethodHandler) grpc.MethodHandle
 		return answer, nil
 	}
 }
+
+// stream is answer for a method that tells more than once.
+func (e edge) stream(action string, method grpc.StreamHandler) grpc.StreamHandler {
+	return func(service any, s grpc.ServerStream) (err error) {
+		ctx := s.Context()
+		p := peerOf(ctx)
+		defer func() {
+			if v := recover(); v != nil {
+				err = e.refuse(p, action, e.crashed(action, v))
+			}
+		}()
+		if p == nil || !e.serves(p) {
+			return e.refuse(p, action, broker.Errorf(broker.UnknownPeer, "this socket serves others"))
+		}
+		if err := method(service, received{s}); err != nil {
+			return e.failed(ctx, p, action, err)
+		}
+		return nil
+	}
+}
+
+// received is a stream whose requests are read as those of other methods are.
+type received struct{ grpc.ServerStream }
+
+func (s received) RecvMsg(m any) error { return receive(s.ServerStream.RecvMsg, m) }
 
 // failed returns the status of a call that was not served. What the domain
 // answered is recorded already.

@@ -4,6 +4,8 @@ import (
 	"context"
 	"time"
 
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"tokenbroker/broker"
@@ -16,19 +18,37 @@ type workload struct {
 }
 
 func (w workload) GetToken(ctx context.Context, r *pb.GetTokenRequest) (*pb.GetTokenResponse, error) {
-	if r.MinTtl != nil && !r.MinTtl.IsValid() {
-		return nil, broker.Errorf(broker.Invalid, "min_ttl is not a duration")
-	}
-	t, err := w.b.Token(ctx, peerOf(ctx), broker.Want{
-		Provider: broker.ProviderID(r.Provider),
-		Audience: r.Audience,
-		Scopes:   r.Scopes,
-		MinTTL:   r.GetMinTtl().AsDuration(),
-		Rejected: r.RejectedSha256,
-	})
+	want, err := wantOf(r)
 	if err != nil {
 		return nil, err
 	}
+	want.Rejected = r.RejectedSha256
+	t, err := w.b.Token(ctx, peerOf(ctx), want)
+	if err != nil {
+		return nil, err
+	}
+	return tokenResponse(t), nil
+}
+
+// wantOf reads what GetToken and Watch are both asked for.
+func wantOf(r interface {
+	GetProvider() string
+	GetAudience() string
+	GetScopes() []string
+	GetMinTtl() *durationpb.Duration
+}) (broker.Want, error) {
+	if d := r.GetMinTtl(); d != nil && !d.IsValid() {
+		return broker.Want{}, broker.Errorf(broker.Invalid, "min_ttl is not a duration")
+	}
+	return broker.Want{
+		Provider: broker.ProviderID(r.GetProvider()),
+		Audience: r.GetAudience(),
+		Scopes:   r.GetScopes(),
+		MinTTL:   r.GetMinTtl().AsDuration(),
+	}, nil
+}
+
+func tokenResponse(t broker.Token) *pb.GetTokenResponse {
 	return &pb.GetTokenResponse{
 		AccessToken: t.Access.Reveal(),
 		TokenType:   t.Type,
@@ -38,7 +58,47 @@ func (w workload) GetToken(ctx context.Context, r *pb.GetTokenRequest) (*pb.GetT
 		Audience:    t.Audience,
 		Scopes:      t.Scopes,
 		Ref:         t.Ref,
-	}, nil
+	}
+}
+
+// readWithin is how long a reader may take for one message. It is the same over
+// HTTP.
+const readWithin = 10 * time.Second
+
+func (w workload) Watch(r *pb.WatchRequest, s grpc.ServerStreamingServer[pb.WatchResponse]) error {
+	want, err := wantOf(r)
+	if err != nil {
+		return err
+	}
+	ctx := s.Context()
+	return w.b.Watch(ctx, peerOf(ctx), want, func(u broker.Update) error {
+		return sendWithin(ctx, readWithin, func() error { return s.Send(watchResponse(u)) })
+	})
+}
+
+// sendWithin gives up on a reader who takes nothing. send goes on until the
+// stream ends, which it does with the call.
+func sendWithin(ctx context.Context, d time.Duration, send func() error) error {
+	sent := make(chan error, 1)
+	go func() { sent <- send() }()
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case err := <-sent:
+		return err
+	case <-t.C:
+		return broker.Errorf(broker.Limited, "what the token broker tells is not read within %s", d)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func watchResponse(u broker.Update) *pb.WatchResponse {
+	if u.Refusal == nil {
+		return &pb.WatchResponse{Event: u.Event, Token: tokenResponse(u.Token)}
+	}
+	r := u.Refusal
+	return &pb.WatchResponse{Event: u.Event, Refusal: &pb.Refusal{Code: string(r.Code), Sentence: r.Sentence, Next: r.Next, Ref: r.Ref}}
 }
 
 func (w workload) ListProviders(ctx context.Context, _ *pb.ListProvidersRequest) (*pb.ListProvidersResponse, error) {

@@ -68,7 +68,11 @@ func (e edge) fail(w http.ResponseWriter, r *http.Request, p *broker.Peer, actio
 	told := e.told(r, p, action, err)
 	status := statusOf(told, err)
 	setRetryAfter(w, told)
-	writeJSON(w, status, "application/problem+json", problem{
+	writeJSON(w, status, "application/problem+json", problemOf(told, status))
+}
+
+func problemOf(told *broker.Error, status int) problem {
+	return problem{
 		Title:      http.StatusText(status),
 		Status:     status,
 		Detail:     told.Sentence,
@@ -76,7 +80,7 @@ func (e edge) fail(w http.ResponseWriter, r *http.Request, p *broker.Peer, actio
 		Next:       told.Next,
 		Ref:        told.Ref,
 		RetryAfter: wholeSeconds(told.RetryAfter),
-	})
+	}
 }
 
 // writeJSON answers with v. It gives the length, so that HTTP/1.0 clients, too,

@@ -3,6 +3,7 @@
 // turns requests into the domain's words and back, and errors into statuses.
 //
 //	a server's socket   GET  /v1/token, /v1/token/{provider}, /v1/providers
+//	                    GET  /v1/watch, /v1/watch/{provider}: server-sent events
 //	a hub's socket      POST /v1/claim, /v1/check-session, /v1/register, /v1/unregister
 //	                    POST /oauth2/token/{provider}
 //
@@ -28,11 +29,14 @@ import (
 // NewWorkload serves containers, on the servers' sockets.
 func NewWorkload(b *broker.Broker, log *slog.Logger) *http.Server {
 	e := edge{b: b, log: log, serves: func(p *broker.Peer) bool { return p.Server != broker.ServerKey{} }}
-	return e.server(e.mux([]route{
+	mux := e.mux([]route{
 		{"/v1/token", http.MethodGet, "token", e.token},
 		{"/v1/token/{provider}", http.MethodGet, "token", e.token},
 		{"/v1/providers", http.MethodGet, "providers", e.providers},
-	}))
+	})
+	mux.HandleFunc("/v1/watch", e.watch)
+	mux.HandleFunc("/v1/watch/{provider}", e.watch)
+	return e.server(mux)
 }
 
 // NewHub serves a hub, on its socket.
@@ -93,11 +97,7 @@ func (e edge) mux(routes []route) *http.ServeMux {
 func (e edge) answer(rt route) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		p := peerOf(r.Context())
-		defer func() {
-			if v := recover(); v != nil {
-				e.fail(w, r, p, rt.action, e.crashed(rt.action, v))
-			}
-		}()
+		defer e.survive(w, r, p, rt.action)
 		body, err := e.receive(w, r, rt.method, "application/json")
 		if err != nil {
 			e.fail(w, r, p, rt.action, err)
@@ -109,6 +109,13 @@ func (e edge) answer(rt route) http.HandlerFunc {
 			return
 		}
 		writeJSON(w, http.StatusOK, "application/json", answer)
+	}
+}
+
+// survive answers a call that panicked. It is deferred.
+func (e edge) survive(w http.ResponseWriter, r *http.Request, p *broker.Peer, action string) {
+	if v := recover(); v != nil {
+		e.fail(w, r, p, action, e.crashed(action, v))
 	}
 }
 

@@ -28,6 +28,10 @@ func (e edge) token(r *http.Request, p *broker.Peer, _ []byte) (any, error) {
 	if err != nil {
 		return nil, err
 	}
+	return tokenJSON(t), nil
+}
+
+func tokenJSON(t broker.Token) tokenResponse {
 	return tokenResponse{
 		AccessToken: t.Access.Reveal(),
 		TokenType:   t.Type,
@@ -37,7 +41,7 @@ func (e edge) token(r *http.Request, p *broker.Peer, _ []byte) (any, error) {
 		Audience:    t.Audience,
 		Scopes:      list(t.Scopes),
 		Ref:         t.Ref,
-	}, nil
+	}
 }
 
 // wantOf reads what a container asks for. Scopes may be separated by spaces,
