@@ -7,6 +7,9 @@
     requests.get(url, auth=tokenbroker.auth("keycloak"))  # a fresh token for each request
     tokenbroker.providers()                               # what there is
 
+    for told in tokenbroker.watch("keycloak"):            # the next token before the old one ends
+        print(told)                                       # or why there is none: a RoleLost, a LoginRequired, …
+
 Ask again whenever you need a token: the broker keeps valid ones, and an answer
 takes less than a millisecond. Don't put tokens into files, logs or environment
 variables. A long computation passes wait=True: it then waits where it would
@@ -25,11 +28,12 @@ import os
 import random
 import re
 import socket
+import threading
 import time
 import urllib.parse
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from typing import Any, Iterable, Optional, Tuple, Union
+from typing import Any, Callable, Iterable, Iterator, Optional, Tuple, Union
 
 __all__ = [
     "Auth",
@@ -43,14 +47,18 @@ __all__ = [
     "Provider",
     "ProviderDown",
     "Revoked",
+    "RoleLost",
     "Token",
     "TokenBrokerError",
     "Unavailable",
     "UnknownPeer",
     "Unsatisfiable",
+    "Watcher",
     "auth",
+    "on_change",
     "providers",
     "token",
+    "watch",
 ]
 
 DEFAULT_SOCKET = "/run/tokenbroker/broker.sock"
@@ -127,6 +135,10 @@ class Denied(TokenBrokerError):
     """Policy says no."""
 
     code = "denied"
+
+
+class RoleLost(Denied):
+    """Policy says no to what it allowed before. Only watch() tells it."""
 
 
 class LoginRequired(TokenBrokerError):
@@ -268,6 +280,82 @@ def token(
     return _token(provider, audience, scopes, min_ttl, wait)
 
 
+def watch(
+    provider: Optional[str] = None,
+    audience: Optional[str] = None,
+    scopes: Union[None, str, Iterable[str]] = None,
+    min_ttl: Union[None, float, timedelta] = None,
+) -> "Iterator[Union[Token, TokenBrokerError]]":
+    """Yields what changes: each Token, the next one before the one before ends,
+    and, in the place of a token, each TokenBrokerError that says why there is
+    none: RoleLost, Revoked, LoginRequired, … A token may come after any of them.
+
+    It goes on until you stop, and waits while the broker restarts. It raises
+    what no waiting ends: Invalid, UnknownPeer, Internal.
+    """
+    if scopes is not None and not isinstance(scopes, str):
+        scopes = tuple(scopes)  # it is read more than once
+    path = _path("/v1/watch", provider, audience, scopes, min_ttl)
+    told: "Union[None, Token, TokenBrokerError]" = None
+    tries = 0
+    while True:
+        try:
+            for event in _events(path):
+                tries = 0
+                if _differs(told, event):
+                    told = event
+                    yield event
+        except TokenBrokerError as e:
+            if not e.waits:
+                raise
+            log.warning("watching for tokens: %s", e)
+            time.sleep(_pause(e, tries))
+            tries += 1
+
+
+class Watcher:
+    """Calls back in a thread of its own until stop() is called."""
+
+    def __init__(self, events: "Iterator[Union[Token, TokenBrokerError]]", callback: "Callable[[Any], Any]") -> None:
+        self._events = events
+        self._callback = callback
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="tokenbroker-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Calls back no more. The thread ends with the next thing it is told."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        try:
+            for event in self._events:
+                if self._stopped.is_set():
+                    return
+                self._call(event)
+        except TokenBrokerError as e:
+            if not self._stopped.is_set():
+                self._call(e)
+
+    def _call(self, event: "Union[Token, TokenBrokerError]") -> None:
+        try:
+            self._callback(event)
+        except Exception:
+            log.exception("a callback of on_change failed; the next change is told all the same")
+
+
+def on_change(
+    callback: "Callable[[Union[Token, TokenBrokerError]], Any]",
+    provider: Optional[str] = None,
+    audience: Optional[str] = None,
+    scopes: Union[None, str, Iterable[str]] = None,
+    min_ttl: Union[None, float, timedelta] = None,
+) -> Watcher:
+    """Calls callback, from another thread, with each thing that watch() yields,
+    and with what it raises, which is then the last."""
+    return Watcher(watch(provider, audience, scopes, min_ttl), callback)
+
+
 def providers(wait: Wait = False) -> "list[Provider]":
     """Lists the providers and what can be had of them, sorted by name."""
     answer = _waiting(lambda: _get("/v1/providers"), wait)
@@ -292,6 +380,18 @@ def _token(
     wait: Wait,
     rejected: Optional[str] = None,
 ) -> Token:
+    path = _path("/v1/token", provider, audience, scopes, min_ttl, rejected)
+    return _waiting(lambda: _as_token(_get(path)), wait)
+
+
+def _path(
+    route: str,
+    provider: Optional[str],
+    audience: Optional[str],
+    scopes: Union[None, str, Iterable[str]],
+    min_ttl: Union[None, float, timedelta],
+    rejected: Optional[str] = None,
+) -> str:
     query = {}
     if audience:
         query["audience"] = audience
@@ -302,12 +402,12 @@ def _token(
         query["min_ttl"] = str(-int(-seconds // 1))  # upwards: never less than was asked for
     if rejected:
         query["rejected_sha256"] = hashlib.sha256(rejected.encode()).hexdigest()
-    path = "/v1/token"
+    path = route
     if provider:
         path += "/" + urllib.parse.quote(provider, safe="")
     if query:
         path += "?" + urllib.parse.urlencode(query)
-    return _waiting(lambda: _as_token(_get(path)), wait)
+    return path
 
 
 def _as_token(answer: dict) -> Token:
@@ -398,6 +498,51 @@ def _get(path: str) -> dict:
     finally:
         connection.close()
     return _decode(status, retry_after, body)
+
+
+def _events(path: str) -> "Iterator[Union[Token, TokenBrokerError]]":
+    """One stream of server-sent events. Raises TokenBrokerError when it ends."""
+    where = os.environ.get("TOKENBROKER_SOCKET") or DEFAULT_SOCKET
+    connection = _Connection(where, TIMEOUT)
+    try:
+        connection.request("GET", path, headers={"Accept": "text/event-stream"})
+        sock = connection.sock
+        answer = connection.getresponse()
+        if answer.status != 200:
+            _decode(answer.status, answer.headers.get("Retry-After"), answer.read(MAX_ANSWER + 1))
+        sock.settimeout(None)  # the next event may be hours away
+        name = ""
+        for line in iter(lambda: answer.readline(MAX_ANSWER + 1), b""):
+            field, _, value = line.rstrip(b"\r\n").partition(b": ")
+            if field == b"event":
+                name = value.decode("ascii", "replace")
+            elif field == b"data":
+                yield _as_event(name, value)
+    except (OSError, http.client.HTTPException) as e:
+        raise _unreachable(where, e) from None
+    finally:
+        connection.close()
+    raise BrokerDown("the token broker ended the watch", "it is opened again", retry_after=1)
+
+
+def _as_event(name: str, data: bytes) -> "Union[Token, TokenBrokerError]":
+    if name == "token":
+        return _as_token(_decode(200, None, data))
+    try:
+        _decode(0, None, data)
+    except TokenBrokerError as e:
+        if name == "role_lost":
+            return RoleLost(e.sentence, e.next, e.ref, e.retry_after)
+        return e
+    raise BrokerDown("the token broker's answer can't be read", "try again shortly", retry_after=1)
+
+
+def _differs(told: Any, event: Any) -> bool:
+    """Whether event says anything new: a stream that is opened again begins with
+    what there is."""
+    if isinstance(told, Token) or isinstance(event, Token):
+        return told != event
+    return told is None or (told.code, told.sentence) != (event.code, event.sentence)
 
 
 def _unreachable(where: str, e: Exception) -> TokenBrokerError:
