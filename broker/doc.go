@@ -8,6 +8,7 @@
 //	spawn       registry.go  Register → directory, socket; Unregister
 //	            bind.go      Docker and the kernel confirm the container
 //	token       token.go     attest, match, decide, cache, refresh, narrow, confirm, record
+//	            watch.go     the same again whenever something changes
 //	refresh     refresh.go   begin, send, settle: the write that can't be lost
 //	            keepalive.go a long computation keeps its session
 //	roles       recheck.go   what changes at the provider between refreshes; LookNow
