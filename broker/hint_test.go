@@ -101,11 +101,17 @@ func TestManyHintsCostALookAndOneMore(t *testing.T) {
 		before := r.provider.Calls("look")
 		release := make(chan struct{})
 		r.provider.OnLook(func(*broker.Identity) error { <-release; return nil })
+		time.Sleep(time.Second)
 		var all sync.WaitGroup
-		all.Go(func() { r.lookNow("alice") })
-		synctest.Wait()
+		look := func() {
+			if err := r.LookNow(context.Background(), "keycloak", "alice", "a test"); err != nil {
+				t.Errorf("LookNow: %v", err)
+			}
+		}
+		all.Go(look)
+		synctest.Wait() // not lookNow, which sleeps first: then nobody would hint yet
 		for range 50 {
-			all.Go(func() { r.lookNow("alice") })
+			all.Go(look)
 		}
 		synctest.Wait()
 		close(release)
