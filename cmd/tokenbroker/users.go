@@ -249,8 +249,8 @@ It issues nothing and changes nothing.`,
 func printExplained(w io.Writer, x *pb.ExplainResponse) error {
 	t := newTable(w)
 	if e := x.GetRefusal(); e != nil {
-		t.row("answer", "no ("+e.GetCode()+"): "+e.GetSentence())
-		t.row("the user is told", e.GetNext())
+		t.row("answer", "no ("+e.GetCode()+")")
+		t.row("the user is told", e.GetSentence()+"; "+e.GetNext())
 	} else {
 		t.row("answer", "yes")
 	}
@@ -264,9 +264,7 @@ func printExplained(w io.Writer, x *pb.ExplainResponse) error {
 		t.row("of these the user has", strings.Join(x.GetFits(), " "))
 	}
 	t.row("the user's roles", strings.Join(x.GetHas(), " "))
-	if x.GetRefusal() == nil {
-		printIssued(t, x)
-	}
+	printIssued(t, x)
 	if g := x.GetGrant(); g != nil {
 		t.row("grant", stateText(g.GetState())+": "+g.GetWhy())
 		t.row("next", g.GetNextText())
@@ -280,11 +278,15 @@ func printExplained(w io.Writer, x *pb.ExplainResponse) error {
 	return t.Flush()
 }
 
-// printIssued adds what the token would be.
+// printIssued adds what the token would be, unless policy refuses it.
 func printIssued(t table, x *pb.ExplainResponse) {
+	yes := x.GetRefusal() == nil
+	if !yes && x.GetAudience() == "" && len(x.GetScopes()) == 0 {
+		return
+	}
 	t.row("audience", x.GetAudience())
 	t.row("scopes", strings.Join(x.GetScopes(), " "))
-	if asked := x.GetAskedScopes(); !slices.Equal(asked, x.GetScopes()) {
+	if asked := x.GetAskedScopes(); len(asked) > 0 && !slices.Equal(asked, x.GetScopes()) {
 		t.row("scopes asked for", strings.Join(asked, " "))
 	}
 	if ttl := x.GetMaxTtl(); ttl > 0 {
@@ -295,7 +297,7 @@ func printIssued(t table, x *pb.ExplainResponse) {
 	}
 	if until := x.GetCachedUntil(); until != nil {
 		t.row("from the cache", "a token that ends at "+when(until))
-	} else {
+	} else if yes {
 		t.row("from the cache", "nothing; "+x.GetProvider()+" would be asked")
 	}
 }
