@@ -117,6 +117,7 @@ func TestSessionMaximumIsKnownBeforeItComes(t *testing.T) {
 			r.loggedIn("alice")
 			p := r.running("alice", 100)
 			work := func(until time.Duration) {
+				time.Sleep(time.Until(began.Add(until - 10*time.Minute)))
 				for every > 0 && time.Since(began) < until {
 					r.token(p, broker.Want{})
 					time.Sleep(every)
@@ -137,6 +138,35 @@ func TestSessionMaximumIsKnownBeforeItComes(t *testing.T) {
 				t.Errorf("every %s: a new login has the old one's end", every)
 			}
 		}, func(c *broker.Config) { c.Providers[0].(*brokertest.Provider).SetLife(5 * time.Second) })
+	}
+}
+
+func TestEndIsFixedOnlyWhenLivesGetShorter(t *testing.T) {
+	const s = time.Second
+	type step struct{ after, life time.Duration }
+	for _, tt := range []struct {
+		why   string
+		steps []step
+		want  bool
+	}{
+		{"the first", []step{{0, 1800 * s}}, false},
+		{"the same again", []step{{0, 1800 * s}, {600 * s, 1800 * s}}, false},
+		{"a second lost to rounding", []step{{0, 1800 * s}, {2 * s, 1799 * s}, {600 * s, 1800 * s}, {600 * s, 1799 * s}}, false},
+		{"less", []step{{0, 1800 * s}, {600 * s, 1500 * s}}, true},
+		{"less, a second at a time", []step{{0, 1800 * s}, {s, 1799 * s}, {s, 1798 * s}, {s, 1797 * s}, {s, 1796 * s}, {s, 1795 * s}, {s, 1794 * s}}, true},
+		{"nothing said", []step{{0, 1800 * s}, {600 * s, 1500 * s}, {600 * s, 0}}, true},
+		{"less once, then the same", []step{{0, 1800 * s}, {600 * s, 1200 * s}, {600 * s, 1200 * s}}, false},
+		{"more", []step{{0, 1800 * s}, {600 * s, 1200 * s}, {600 * s, 3600 * s}}, false},
+	} {
+		var e broker.Ending
+		now := time.Date(2026, 10, 5, 14, 0, 0, 0, time.UTC)
+		for _, st := range tt.steps {
+			now = now.Add(st.after)
+			e.See(st.life, now)
+		}
+		if e.Fixed != tt.want {
+			t.Errorf("%s: fixed is %t", tt.why, e.Fixed)
+		}
 	}
 }
 

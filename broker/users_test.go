@@ -209,6 +209,10 @@ func TestRebindHalfDoneIsFinishedByTheNext(t *testing.T) {
 			inBubble(t, func(r *rig) {
 				r.loggedIn("alice")
 				p := r.running("alice", 100)
+				other := r.second()
+				defer other.Close()
+				q := other.running("alice", 200)
+				other.token(q, broker.Want{})
 				r.store.Before(func(m string, k broker.Key) error {
 					if strings.TrimSpace(m+" "+k.Kind) == method {
 						return errors.New("the store goes away")
@@ -221,6 +225,8 @@ func TestRebindHalfDoneIsFinishedByTheNext(t *testing.T) {
 				r.store.Before(nil)
 				r.rebound("eve")
 				r.refused(p, broker.Want{}, broker.ErrDenied)
+				time.Sleep(time.Second)
+				other.refused(q, broker.Want{}, broker.ErrDenied)
 				if err := r.claims("alice", "eve"); err != nil {
 					t.Errorf("eve's login: %v", err)
 				}

@@ -202,8 +202,8 @@ func (a admin) Explain(ctx context.Context, r *pb.ExplainRequest) (*pb.ExplainRe
 		CachedUntil:      timestamp(x.CachedUntil),
 		OutstandingUntil: timestamp(x.OutstandingUntil),
 	}
-	if e := x.Refusal; e != nil {
-		answer.Refusal = &pb.Refusal{Code: string(e.Code), Sentence: e.Sentence, Next: e.Next}
+	if x.Refusal != nil {
+		answer.Refusal = refusal(x.Refusal)
 	}
 	return answer, nil
 }

@@ -1578,7 +1578,8 @@ type ExplainResponse struct {
 	// Facts that are assumed because the server does not run on this host, as
 	// sentences.
 	Assumed []string `protobuf:"bytes,3,rep,name=assumed,proto3" json:"assumed,omitempty"`
-	// Why no token would be given; unset if one would be.
+	// Why no token would be given; unset if one would be. It has no ref: nobody
+	// has asked.
 	Refusal *Refusal `protobuf:"bytes,4,opt,name=refusal,proto3" json:"refusal,omitempty"`
 	// The rule that answers, counted from 1, or the first one that would if the
 	// user had one of its roles; 0 if there is none.
@@ -1762,70 +1763,6 @@ func (x *ExplainResponse) GetOutstandingUntil() *timestamppb.Timestamp {
 	return nil
 }
 
-// Refusal is what a container would be told.
-type Refusal struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// denied, login_required, …
-	Code string `protobuf:"bytes,1,opt,name=code,proto3" json:"code,omitempty"`
-	// What is wrong.
-	Sentence string `protobuf:"bytes,2,opt,name=sentence,proto3" json:"sentence,omitempty"`
-	// What to do.
-	Next          string `protobuf:"bytes,3,opt,name=next,proto3" json:"next,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Refusal) Reset() {
-	*x = Refusal{}
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[20]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Refusal) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Refusal) ProtoMessage() {}
-
-func (x *Refusal) ProtoReflect() protoreflect.Message {
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[20]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Refusal.ProtoReflect.Descriptor instead.
-func (*Refusal) Descriptor() ([]byte, []int) {
-	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{20}
-}
-
-func (x *Refusal) GetCode() string {
-	if x != nil {
-		return x.Code
-	}
-	return ""
-}
-
-func (x *Refusal) GetSentence() string {
-	if x != nil {
-		return x.Sentence
-	}
-	return ""
-}
-
-func (x *Refusal) GetNext() string {
-	if x != nil {
-		return x.Next
-	}
-	return ""
-}
-
 var File_tokenbroker_v1_admin_proto protoreflect.FileDescriptor
 
 const file_tokenbroker_v1_admin_proto_rawDesc = "" +
@@ -1976,11 +1913,7 @@ const file_tokenbroker_v1_admin_proto_rawDesc = "" +
 	"unverified\x12+\n" +
 	"\x05grant\x18\x0f \x01(\v2\x15.tokenbroker.v1.GrantR\x05grant\x12=\n" +
 	"\fcached_until\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\vcachedUntil\x12G\n" +
-	"\x11outstanding_until\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\x10outstandingUntil\"M\n" +
-	"\aRefusal\x12\x12\n" +
-	"\x04code\x18\x01 \x01(\tR\x04code\x12\x1a\n" +
-	"\bsentence\x18\x02 \x01(\tR\bsentence\x12\x12\n" +
-	"\x04next\x18\x03 \x01(\tR\x04next2\xc8\x04\n" +
+	"\x11outstanding_until\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\x10outstandingUntil2\xc8\x04\n" +
 	"\x05Admin\x12G\n" +
 	"\x06Status\x12\x1d.tokenbroker.v1.StatusRequest\x1a\x1e.tokenbroker.v1.StatusResponse\x12S\n" +
 	"\n" +
@@ -2004,7 +1937,7 @@ func file_tokenbroker_v1_admin_proto_rawDescGZIP() []byte {
 	return file_tokenbroker_v1_admin_proto_rawDescData
 }
 
-var file_tokenbroker_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 22)
+var file_tokenbroker_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_tokenbroker_v1_admin_proto_goTypes = []any{
 	(*StatusRequest)(nil),             // 0: tokenbroker.v1.StatusRequest
 	(*StatusResponse)(nil),            // 1: tokenbroker.v1.StatusResponse
@@ -2026,41 +1959,41 @@ var file_tokenbroker_v1_admin_proto_goTypes = []any{
 	(*RebindResponse)(nil),            // 17: tokenbroker.v1.RebindResponse
 	(*ExplainRequest)(nil),            // 18: tokenbroker.v1.ExplainRequest
 	(*ExplainResponse)(nil),           // 19: tokenbroker.v1.ExplainResponse
-	(*Refusal)(nil),                   // 20: tokenbroker.v1.Refusal
-	nil,                               // 21: tokenbroker.v1.StatusResponse.RegistrationsEntry
-	(*timestamppb.Timestamp)(nil),     // 22: google.protobuf.Timestamp
-	(GrantState)(0),                   // 23: tokenbroker.v1.GrantState
+	nil,                               // 20: tokenbroker.v1.StatusResponse.RegistrationsEntry
+	(*timestamppb.Timestamp)(nil),     // 21: google.protobuf.Timestamp
+	(GrantState)(0),                   // 22: tokenbroker.v1.GrantState
+	(*Refusal)(nil),                   // 23: tokenbroker.v1.Refusal
 }
 var file_tokenbroker_v1_admin_proto_depIdxs = []int32{
-	22, // 0: tokenbroker.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	21, // 0: tokenbroker.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
 	2,  // 1: tokenbroker.v1.StatusResponse.store:type_name -> tokenbroker.v1.PartStatus
 	2,  // 2: tokenbroker.v1.StatusResponse.attestation:type_name -> tokenbroker.v1.PartStatus
 	2,  // 3: tokenbroker.v1.StatusResponse.providers:type_name -> tokenbroker.v1.PartStatus
-	21, // 4: tokenbroker.v1.StatusResponse.registrations:type_name -> tokenbroker.v1.StatusResponse.RegistrationsEntry
+	20, // 4: tokenbroker.v1.StatusResponse.registrations:type_name -> tokenbroker.v1.StatusResponse.RegistrationsEntry
 	5,  // 5: tokenbroker.v1.ListGrantsResponse.grants:type_name -> tokenbroker.v1.Grant
-	23, // 6: tokenbroker.v1.Grant.state:type_name -> tokenbroker.v1.GrantState
-	22, // 7: tokenbroker.v1.Grant.refreshed_at:type_name -> google.protobuf.Timestamp
-	22, // 8: tokenbroker.v1.Grant.expires_at:type_name -> google.protobuf.Timestamp
-	22, // 9: tokenbroker.v1.Grant.outstanding_until:type_name -> google.protobuf.Timestamp
-	22, // 10: tokenbroker.v1.Grant.since:type_name -> google.protobuf.Timestamp
-	22, // 11: tokenbroker.v1.Grant.login_at:type_name -> google.protobuf.Timestamp
-	22, // 12: tokenbroker.v1.Grant.next_at:type_name -> google.protobuf.Timestamp
+	22, // 6: tokenbroker.v1.Grant.state:type_name -> tokenbroker.v1.GrantState
+	21, // 7: tokenbroker.v1.Grant.refreshed_at:type_name -> google.protobuf.Timestamp
+	21, // 8: tokenbroker.v1.Grant.expires_at:type_name -> google.protobuf.Timestamp
+	21, // 9: tokenbroker.v1.Grant.outstanding_until:type_name -> google.protobuf.Timestamp
+	21, // 10: tokenbroker.v1.Grant.since:type_name -> google.protobuf.Timestamp
+	21, // 11: tokenbroker.v1.Grant.login_at:type_name -> google.protobuf.Timestamp
+	21, // 12: tokenbroker.v1.Grant.next_at:type_name -> google.protobuf.Timestamp
 	6,  // 13: tokenbroker.v1.Grant.lease:type_name -> tokenbroker.v1.Lease
-	22, // 14: tokenbroker.v1.Lease.until:type_name -> google.protobuf.Timestamp
+	21, // 14: tokenbroker.v1.Lease.until:type_name -> google.protobuf.Timestamp
 	9,  // 15: tokenbroker.v1.ListRegistrationsResponse.registrations:type_name -> tokenbroker.v1.Registration
 	12, // 16: tokenbroker.v1.DisconnectResponse.disconnected:type_name -> tokenbroker.v1.Disconnected
-	22, // 17: tokenbroker.v1.Disconnected.issuing_stopped_at:type_name -> google.protobuf.Timestamp
-	22, // 18: tokenbroker.v1.Disconnected.outstanding_until:type_name -> google.protobuf.Timestamp
-	22, // 19: tokenbroker.v1.ShowUserResponse.rebound_at:type_name -> google.protobuf.Timestamp
+	21, // 17: tokenbroker.v1.Disconnected.issuing_stopped_at:type_name -> google.protobuf.Timestamp
+	21, // 18: tokenbroker.v1.Disconnected.outstanding_until:type_name -> google.protobuf.Timestamp
+	21, // 19: tokenbroker.v1.ShowUserResponse.rebound_at:type_name -> google.protobuf.Timestamp
 	15, // 20: tokenbroker.v1.ShowUserResponse.accounts:type_name -> tokenbroker.v1.Account
 	9,  // 21: tokenbroker.v1.ShowUserResponse.registrations:type_name -> tokenbroker.v1.Registration
-	22, // 22: tokenbroker.v1.ShowUserResponse.outstanding_until:type_name -> google.protobuf.Timestamp
+	21, // 22: tokenbroker.v1.ShowUserResponse.outstanding_until:type_name -> google.protobuf.Timestamp
 	5,  // 23: tokenbroker.v1.Account.grant:type_name -> tokenbroker.v1.Grant
 	12, // 24: tokenbroker.v1.RebindResponse.ended:type_name -> tokenbroker.v1.Disconnected
-	20, // 25: tokenbroker.v1.ExplainResponse.refusal:type_name -> tokenbroker.v1.Refusal
+	23, // 25: tokenbroker.v1.ExplainResponse.refusal:type_name -> tokenbroker.v1.Refusal
 	5,  // 26: tokenbroker.v1.ExplainResponse.grant:type_name -> tokenbroker.v1.Grant
-	22, // 27: tokenbroker.v1.ExplainResponse.cached_until:type_name -> google.protobuf.Timestamp
-	22, // 28: tokenbroker.v1.ExplainResponse.outstanding_until:type_name -> google.protobuf.Timestamp
+	21, // 27: tokenbroker.v1.ExplainResponse.cached_until:type_name -> google.protobuf.Timestamp
+	21, // 28: tokenbroker.v1.ExplainResponse.outstanding_until:type_name -> google.protobuf.Timestamp
 	0,  // 29: tokenbroker.v1.Admin.Status:input_type -> tokenbroker.v1.StatusRequest
 	3,  // 30: tokenbroker.v1.Admin.ListGrants:input_type -> tokenbroker.v1.ListGrantsRequest
 	7,  // 31: tokenbroker.v1.Admin.ListRegistrations:input_type -> tokenbroker.v1.ListRegistrationsRequest
@@ -2094,7 +2027,7 @@ func file_tokenbroker_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tokenbroker_v1_admin_proto_rawDesc), len(file_tokenbroker_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   22,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},
