@@ -277,9 +277,21 @@ func partStatus(name, fine string, err error) PartStatus {
 // Grants lists the deployment's grants, sorted, without their refresh tokens.
 // Empty arguments narrow nothing.
 func (b *Broker) Grants(ctx context.Context, hub HubID, user UserID) ([]Grant, error) {
+	all, err := b.grants(ctx, func(k GrantKey, u UserID) bool { return (hub == "" || hub == k.Hub) && (user == "" || user == u) })
+	if err != nil {
+		return nil, public(err, b.cfg.Contact, "")
+	}
+	for i := range all {
+		all[i].Refresh = Secret{}
+	}
+	return all, nil
+}
+
+// grants is Grants with the refresh tokens.
+func (b *Broker) grants(ctx context.Context, wanted func(GrantKey, UserID) bool) ([]Grant, error) {
 	members, err := b.cfg.Store.Members(ctx, grantsKey)
 	if err != nil {
-		return nil, public(storeError(err, grantsKey), b.cfg.Contact, "")
+		return nil, storeError(err, grantsKey)
 	}
 	var all []Grant
 	for _, m := range members {
@@ -288,10 +300,9 @@ func (b *Broker) Grants(ctx context.Context, hub HubID, user UserID) ([]Grant, e
 			continue
 		}
 		if err != nil {
-			return nil, public(err, b.cfg.Contact, "")
+			return nil, err
 		}
-		if (hub == "" || hub == g.Key.Hub) && (user == "" || user == g.User) {
-			g.Refresh = Secret{}
+		if wanted(g.Key, g.User) {
 			all = append(all, g)
 		}
 	}

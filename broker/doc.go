@@ -18,6 +18,9 @@
 //	disconnect  revoke.go    epoch and tombstone up, then the revision; also by a logout
 //	            revocation.go the provider is told of what had been handed out
 //	notes       note.go      what brokers tell each other, so that none need ask often
+//	rebind      users.go     a user's name becomes another account's, which inherits nothing
+//	tell        outlook.go   why a grant is as it is, and what happens to it next
+//	            explain.go   how a request would be answered, by the same steps
 //
 // Keys that seal the records are changed by keys.go, while brokers run.
 //

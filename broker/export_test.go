@@ -1,6 +1,9 @@
 package broker
 
-import "os"
+import (
+	"os"
+	"time"
+)
 
 // FillDisk makes every write to b's journal fail as on a full disk.
 func (b *Broker) FillDisk() error {
@@ -27,3 +30,6 @@ func (b *Broker) Boxes() (n int) {
 
 // Moves is what something that is kept open waits for.
 func (b *Broker) Moves() <-chan struct{} { return b.pulse.moves() }
+
+// See takes note of a refresh token that was given life at now.
+func (e *Ending) See(life time.Duration, now time.Time) { e.see(life, now) }

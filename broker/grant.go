@@ -54,6 +54,7 @@ type Grant struct {
 	RefreshedBy HostID
 	// Expires is when the refresh token ends; zero: no end known.
 	Expires time.Time
+	End     Ending // what is known of it
 	// Revocation says how far the provider was told of Tombstone.
 	Revocation Revocation
 	// OutstandingUntil is until when an access token that was issued for the
@@ -64,6 +65,7 @@ type Grant struct {
 // A Lease is a bounded right to refresh one grant.
 type Lease struct {
 	Holder  string
+	Host    HostID
 	Journal string // of the broker that has it
 	Until   time.Time
 }
@@ -191,6 +193,20 @@ func (g *Grant) usable(issuer string) error {
 		return Errorf(LoginRequired, "%s has another issuer since you logged in", p)
 	}
 	return nil
+}
+
+// spendable says why g's refresh token is not to be sent now; nil: it may be.
+func (g *Grant) spendable(issuer string, now time.Time) error {
+	p := g.Key.Provider
+	switch {
+	case g.usable(issuer) != nil:
+		return g.usable(issuer)
+	case g.Refresh.IsZero():
+		return Errorf(LoginRequired, "%s gave no refresh token at your login", p)
+	case g.State == GrantDisabled && now.Sub(g.Since) < disabledFor:
+		return disabled(p)
+	}
+	return g.resting(p, now)
 }
 
 // end takes g's rights away with a reason. What was decided before is void. An

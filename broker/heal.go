@@ -66,7 +66,7 @@ func (b *Broker) heal(g Grant, e journalEntry, own Grant, has bool) Grant {
 	g.Epoch, g.EndedAt = max(g.Epoch, epoch), ended
 	if ended.After(g.LoginAt) && g.Tombstone.IsZero() {
 		g.Tombstone = ended
-		g.State, g.Reason, g.Since = Disconnected, "disconnected by an administrator", ended
+		g.State, g.Reason, g.Since = byAdministrator.state, byAdministrator.reason, ended
 	}
 	return g
 }

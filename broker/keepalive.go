@@ -9,8 +9,7 @@ import (
 // A provider ends a session that nobody uses (Keycloak: after 30 minutes), and a
 // computation that runs for hours asks for no token. So a grant whose user has a
 // running server here is refreshed before its refresh token would end. What can't
-// be moved by that, the session's maximum, shows as an Expires that no longer
-// moves.
+// be moved by that is the session's maximum; see Ending.
 const (
 	keepAliveEvery = time.Minute
 	// keepAliveSoonest is the least life of a refresh token that is kept alive:

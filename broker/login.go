@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"strings"
 	"time"
 )
@@ -283,9 +284,11 @@ func (b *Broker) claim(ctx context.Context, hub HubID, provider ProviderID, hand
 		}
 		return t, err
 	case g.User != "" && g.User != user:
-		return t, anothers(provider)
+		return t, t.anothers(g.User)
 	case t.Pending == nil:
 		return t, t.fits(&g)
+	case g.outlives(t.Pending):
+		return t, g.usable(g.Issuer) // before the link, which must not become this account's
 	case !t.Pending.Until.After(b.pulse.now()) && t.Pending.At.After(g.LoginAt):
 		return t, Errorf(LoginRequired, "this login was not claimed within %s", pendingLife)
 	}
@@ -298,7 +301,7 @@ func (b *Broker) link(ctx context.Context, t *ticket, user UserID) error {
 	k := userKey{t.hub, user}
 	_, err := update(ctx, &b.vault, k.record(), forever[linkRecord], func(l *linkRecord, _ bool) error {
 		if sub, ok := l.Subs[t.provider]; ok && sub != t.Sub {
-			return Errorf(Denied, "%s is linked to another %s account", user, t.provider)
+			return t.reassigned(user, sub)
 		} else if ok {
 			return errKeep
 		}
@@ -328,9 +331,9 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 	g, err := b.changeGrant(ctx, k, func(g *Grant, _ bool) error {
 		switch {
 		case g.User != "" && g.User != user:
-			return anothers(t.provider)
-		case g.Tombstone.After(login.At), !g.Tombstone.IsZero() && login.Adopted:
-			return g.usable(g.Issuer) // disconnected, and this is no new login
+			return t.anothers(g.User)
+		case g.outlives(login):
+			return g.usable(g.Issuer)
 		case !login.At.After(g.LoginAt):
 			return errKeep // this login, or a later one, is in the grant already
 		}
@@ -357,10 +360,18 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 	return storeError(b.cfg.Store.Remove(ctx, pendingKey(t.hub), t.member()), pendingKey(t.hub))
 }
 
+// outlives says whether g was disconnected and l is no new login.
+func (g *Grant) outlives(l *pendingLogin) bool {
+	return g.Tombstone.After(l.At) || !g.Tombstone.IsZero() && l.Adopted
+}
+
 // loggedIn writes a login into g. It ends a tombstone and whatever refresh is
 // under way: that one's answer has an older version.
 func (g *Grant) loggedIn(l *pendingLogin, now time.Time, host HostID) {
-	g.Refresh, g.Expires = NewSecret(l.Refresh), l.Expires
+	g.Refresh, g.Expires, g.End = NewSecret(l.Refresh), l.Expires, Ending{}
+	if !l.Expires.IsZero() {
+		g.End.see(l.Expires.Sub(l.At), l.At)
+	}
 	g.Username, g.Roles = l.Username, l.Roles
 	g.State, g.Reason, g.Since, g.Tombstone, g.Revocation = Live, "", now, time.Time{}, ""
 	// A login's version exceeds any that a store which lost its data once had, so
@@ -411,8 +422,26 @@ func (b *Broker) lookUp(ctx context.Context, hub HubID, provider ProviderID, han
 	return adopted, nil
 }
 
-func anothers(p ProviderID) error {
-	return Errorf(Denied, "this %s account is linked to another user of the hub", p)
+// anothers refuses an account that is linked to owner. The cause is for the
+// administrator.
+func (t *ticket) anothers(owner UserID) error {
+	return Errorf(Denied, "this %s account is linked to another user of the hub", t.provider).Because(fmt.Errorf(
+		"sub %q is linked to %q; if that is not his name any more: tokenbroker users rebind %s --hub %s --provider %s",
+		t.Sub, owner, quote(owner), t.hub, t.provider))
+}
+
+// reassigned refuses an account under the name of a user who was another one at
+// the provider until now.
+func (t *ticket) reassigned(user UserID, sub string) error {
+	return Errorf(Denied, "%s is linked to another %s account", user, t.provider).
+		Hint("ask {contact}: if the name was given to you, they must give it to your account").
+		Because(fmt.Errorf("linked to sub %q, and this is sub %q; if the name was given to this person: tokenbroker users rebind %s --hub %s --provider %s --sub %s",
+			sub, t.Sub, quote(user), t.hub, t.provider, quote(t.Sub)))
+}
+
+// quote writes s as one word for a shell.
+func quote[T ~string](s T) string {
+	return "'" + strings.ReplaceAll(string(s), "'", `'\''`) + "'"
 }
 
 func unknownHandle() error {

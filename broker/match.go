@@ -15,6 +15,7 @@ type view struct {
 	revision int64
 	read     time.Time // by our monotonic clock
 	grants   map[ProviderID]Grant
+	rebound  time.Time // see linkRecord
 }
 
 // viewFor is for how long a view is believed although the revision stands
@@ -89,6 +90,7 @@ func (b *Broker) look(ctx context.Context, k userKey, revision int64) (*view, er
 	if err != nil {
 		return nil, err
 	}
+	v.rebound = l.ReboundAt
 	for p, sub := range l.Subs {
 		g, err := b.loadGrant(ctx, GrantKey{k.hub, p, sub})
 		switch {
@@ -112,6 +114,16 @@ func (v *view) grant(p ProviderID) (Grant, error) {
 		return g, Errorf(LoginRequired, "%s has not logged in through %s yet", v.user, p)
 	}
 	return g, nil
+}
+
+// admits refuses a server from before the user's name was given to another
+// person: whoever started it is not the one who has the grants now.
+func (v *view) admits(r *Registration) error {
+	if r.Generation > v.rebound.UnixMicro() {
+		return nil
+	}
+	return Errorf(Denied, "this server was started before the name %s was given to another account", v.user).
+		Hint("stop the server in the hub and start it again")
 }
 
 func (v *view) state(p ProviderID) GrantState {
@@ -146,6 +158,8 @@ func (v *view) mayHave(rules []Rule, hub HubID, want Want) bool {
 // that was linked once stays, also when its grant ends.
 type linkRecord struct {
 	Subs map[ProviderID]string
+	// ReboundAt is when the name was last given to another person; zero: never.
+	ReboundAt time.Time
 }
 
 func (k userKey) record() Key {
@@ -155,8 +169,5 @@ func (k userKey) record() Key {
 func (b *Broker) loadLink(ctx context.Context, k userKey) (linkRecord, error) {
 	var l linkRecord
 	_, err := b.vault.load(ctx, k.record(), &l)
-	if errors.Is(err, ErrAbsent) {
-		err = nil
-	}
-	return l, err
+	return l, unlessAbsent(err)
 }

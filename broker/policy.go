@@ -49,9 +49,11 @@ type Decision struct {
 
 // Decide answers want, whose Provider is set, for f. It is pure: the same three
 // inputs give the same answer. The errors are Denied, with what is missing, and
-// Invalid for a request without an audience where the rule has several.
+// Invalid for a request without an audience where the rule has several; of the
+// decision only Rule is set then, if it is one rule that refuses.
 func Decide(rules []Rule, f Facts, want Want) (Decision, error) {
 	var missing *Rule
+	var by int // missing, counted from 1
 	for i := range rules {
 		r := &rules[i]
 		if !r.meets(f) || !r.covers(want) {
@@ -59,13 +61,13 @@ func Decide(rules []Rule, f Facts, want Want) (Decision, error) {
 		}
 		if !r.hasRole(f.Roles) {
 			if missing == nil {
-				missing = r
+				missing, by = r, i+1
 			}
 			continue
 		}
 		audience, err := r.audience(want.Audience)
 		if err != nil {
-			return Decision{}, err
+			return Decision{Rule: i + 1}, err
 		}
 		scopes := want.Scopes
 		if len(scopes) == 0 {
@@ -79,7 +81,7 @@ func Decide(rules []Rule, f Facts, want Want) (Decision, error) {
 			Unverified: r.Unverified,
 		}, nil
 	}
-	return Decision{}, refusal(missing, f, want)
+	return Decision{Rule: by}, refusal(missing, f, want)
 }
 
 // meets is every condition of who but the role.

@@ -73,6 +73,14 @@ func (a *vault) save(ctx context.Context, k Key, was int64, v any, life time.Dur
 	return storeError(a.store.Put(ctx, k, was, box, life), k)
 }
 
+// unlessAbsent is err, or nil if there only is no record.
+func unlessAbsent(err error) error {
+	if errors.Is(err, ErrAbsent) {
+		return nil
+	}
+	return err
+}
+
 // errKeep is what a change returns to leave the record as it is.
 var errKeep = errors.New("leave the record as it is")
 

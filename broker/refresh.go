@@ -191,14 +191,8 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 		switch {
 		case !exists:
 			return Errorf(LoginRequired, "you have not logged in through %s yet", k.Provider)
-		case g.usable(issuer) != nil:
-			return g.usable(issuer)
-		case g.Refresh.IsZero():
-			return Errorf(LoginRequired, "%s gave no refresh token at your login", k.Provider)
-		case g.State == GrantDisabled && now.Sub(g.Since) < disabledFor:
-			return disabled(k.Provider)
-		case g.resting(k.Provider, now) != nil:
-			return g.resting(k.Provider, now)
+		case g.spendable(issuer, now) != nil:
+			return g.spendable(issuer, now)
 		case b.held(g.Lease, now):
 			return errBusy
 		}
@@ -209,7 +203,7 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 
 // lease is one of our own, held by nobody else.
 func (b *Broker) lease(now time.Time) Lease {
-	return Lease{Holder: cryptorand.Text(), Journal: b.journal.id, Until: now.Add(scaled(leaseFor))}
+	return Lease{Holder: cryptorand.Text(), Host: b.cfg.Host, Journal: b.journal.id, Until: now.Add(scaled(leaseFor))}
 }
 
 // held says whether l keeps others out. It does not keep us out if it was taken
@@ -304,6 +298,7 @@ func (g *Grant) renewed(id Identity, iss Issued, now time.Time, host HostID) (mo
 	if iss.RefreshExpiresIn > 0 {
 		g.Expires = now.Add(iss.RefreshExpiresIn)
 	}
+	g.End.see(iss.RefreshExpiresIn, now)
 	if g.State != Live {
 		g.State, g.Reason, g.Since = Live, "", now
 		moved = true

@@ -351,13 +351,15 @@ func (b *Broker) deleteRegistration(ctx context.Context, k ServerKey) error {
 	return storeError(b.cfg.Store.Remove(ctx, b.registrationsKey(), k.member()), rk)
 }
 
-func (b *Broker) registrationKey(k ServerKey) Key {
-	return Key{Kind: kindRegistration, Parts: []string{string(k.Hub), string(b.cfg.Host), string(k.User), string(k.Server)}}
+func (b *Broker) registrationKey(k ServerKey) Key { return registrationOn(b.cfg.Host, k) }
+
+func registrationOn(h HostID, k ServerKey) Key {
+	return Key{Kind: kindRegistration, Parts: []string{string(k.Hub), string(h), string(k.User), string(k.Server)}}
 }
 
-func (b *Broker) registrationsKey() Key {
-	return Key{Kind: setRegistrations, Parts: []string{string(b.cfg.Host)}}
-}
+func (b *Broker) registrationsKey() Key { return registrationsOn(b.cfg.Host) }
+
+func registrationsOn(h HostID) Key { return Key{Kind: setRegistrations, Parts: []string{string(h)}} }
 
 // member is k in the set of registrations.
 func (k ServerKey) member() string {

@@ -131,11 +131,12 @@ type ending struct {
 	state  GrantState
 	reason string
 	revoke bool // also at the provider
+	unlink bool // it is nobody's then, and its subject may log in under another name
 }
 
 var (
-	byAdministrator = ending{Disconnected, "disconnected by an administrator", true}
-	byLogout        = ending{NeedsLogin, "logged_out", false}
+	byAdministrator = ending{state: Disconnected, reason: "disconnected by an administrator", revoke: true}
+	byLogout        = ending{state: NeedsLogin, reason: "logged_out"}
 )
 
 // tombstone ends one grant. Whatever is under way finds the mark: a refresh
@@ -146,8 +147,10 @@ func (b *Broker) tombstone(ctx context.Context, k GrantKey, user UserID, how end
 			switch {
 			case !exists || g.User != user:
 				return ErrAbsent
-			case !g.Tombstone.IsZero() && (g.State == how.state || g.State == Disconnected):
+			case !how.unlink && !g.Tombstone.IsZero() && (g.State == how.state || g.State == Disconnected):
 				return errKeep
+			case how.unlink:
+				g.User = ""
 			}
 			now := b.pulse.now()
 			g.Tombstone, g.EndedAt = now, now

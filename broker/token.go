@@ -117,18 +117,29 @@ func (b *Broker) once(ctx context.Context, p *Peer, want Want, e *Entry) (a answ
 	if a.view, err = b.match(ctx, p.Server.Hub, p.Server.User); err != nil {
 		return a, err
 	}
-	f := a.view.facts(p.Server, w, want.Provider)
-	g, err := a.view.grant(want.Provider)
-	if err != nil && offered(b.cfg.Rules, f, want.Provider) {
-		return a, err // before policy, which would miss the roles a login brings
-	}
-	if a.decision, err = Decide(b.cfg.Rules, f, want); err != nil {
+	if err := a.view.admits(&a.server.Registration); err != nil {
 		return a, err
 	}
+	g, d, err := b.decide(a.view, a.view.facts(p.Server, w, want.Provider), want)
+	if err != nil {
+		return a, err
+	}
+	a.decision = d
 	e.Rule, e.Audience, e.Scopes = a.decision.Rule, a.decision.Target.Audience, a.decision.Target.Scopes
 	e.Sub, e.Epoch = g.Key.Sub, g.Epoch
 	a.token, e.Cached, err = b.obtain(ctx, g, a.decision, want)
 	return a, err
+}
+
+// decide is what policy says of want, and the grant that it would come from.
+// With an error the decision holds no more than its rule.
+func (b *Broker) decide(v *view, f Facts, want Want) (Grant, Decision, error) {
+	g, err := v.grant(want.Provider)
+	if err != nil && offered(b.cfg.Rules, f, want.Provider) {
+		return g, Decision{}, err // before policy, which would miss the roles a login brings
+	}
+	d, err := Decide(b.cfg.Rules, f, want)
+	return g, d, err
 }
 
 // stands reports whether what a rests on is still so: the server runs as it was
@@ -300,6 +311,9 @@ func (b *Broker) providersOf(ctx context.Context, p *Peer, e *Entry) ([]Provider
 	}
 	e.Container, e.Level = s.workload.Container, s.workload.Level
 	v, err := b.match(ctx, p.Server.Hub, p.Server.User)
+	if err == nil {
+		err = v.admits(&s.Registration)
+	}
 	if err != nil {
 		return nil, err
 	}

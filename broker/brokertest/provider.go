@@ -24,6 +24,7 @@ type Provider struct {
 	info     broker.ProviderInfo
 	life     time.Duration
 	idle     time.Duration       // 0: a session never ends by itself
+	maximum  time.Duration       // of a session, used or not; 0: none
 	sessions map[string]*session // by subject
 	roles    map[string][]string
 	calls    map[string]int
@@ -34,6 +35,7 @@ type Provider struct {
 }
 
 type session struct {
+	began   time.Time
 	refresh string
 	used    time.Time
 	spent   []string
@@ -74,6 +76,9 @@ func (p *Provider) SetLife(d time.Duration) { p.locked(func() { p.life = d }) }
 
 // SetIdle makes sessions end that are not refreshed for d.
 func (p *Provider) SetIdle(d time.Duration) { p.locked(func() { p.idle = d }) }
+
+// SetMaximum makes sessions end d after their login, used or not.
+func (p *Provider) SetMaximum(d time.Duration) { p.locked(func() { p.maximum = d }) }
 
 // SetRoles sets the roles of a subject; they show with its next token.
 func (p *Provider) SetRoles(sub string, roles ...string) { p.locked(func() { p.roles[sub] = roles }) }
@@ -126,7 +131,7 @@ func (p *Provider) Login(_ context.Context, c broker.CodeGrant) (id broker.Ident
 	p.locked(func() {
 		p.calls["login"]++
 		sub := c.Code.Reveal()
-		p.sessions[sub] = &session{}
+		p.sessions[sub] = &session{began: time.Now()}
 		id, iss = p.identity(sub), p.issue(sub)
 	})
 	return id, iss, nil
@@ -177,10 +182,15 @@ func (p *Provider) owner(refresh string) (string, bool) {
 			return "", false
 		}
 		if s.refresh == refresh {
-			return sub, p.idle == 0 || time.Since(s.used) <= p.idle
+			return sub, p.open(s)
 		}
 	}
 	return "", false
+}
+
+// open says whether a session has not ended by itself.
+func (p *Provider) open(s *session) bool {
+	return (p.idle == 0 || time.Since(s.used) <= p.idle) && (p.maximum == 0 || time.Since(s.began) < p.maximum)
 }
 
 // Exchange implements broker.Provider.
@@ -218,7 +228,7 @@ func (p *Provider) Look(_ context.Context, refresh broker.Secret, sub string) (i
 // alive says whether a refresh token, spent or not, is of sub's session.
 func (p *Provider) alive(refresh, sub string) bool {
 	s := p.sessions[sub]
-	return s != nil && (s.refresh == refresh || slices.Contains(s.spent, refresh)) && (p.idle == 0 || time.Since(s.used) <= p.idle)
+	return s != nil && (s.refresh == refresh || slices.Contains(s.spent, refresh)) && p.open(s)
 }
 
 // Revoke implements broker.Provider.
@@ -256,6 +266,9 @@ func (p *Provider) issue(sub string) broker.Issued {
 	s.refresh = fmt.Sprintf("refresh-%s-%s", sub, rand.Text())
 	iss := p.access(sub, broker.Target{Scopes: []string{"all", "openid"}})
 	iss.RefreshToken, iss.RefreshExpiresIn = broker.NewSecret(s.refresh), p.idle
+	if left := p.maximum - time.Since(s.began); p.maximum > 0 && (p.idle == 0 || left < p.idle) {
+		iss.RefreshExpiresIn = left.Truncate(time.Second) // as Keycloak counts
+	}
 	s.used = time.Now()
 	iss.IDToken = broker.NewSecret("id-" + sub)
 	return iss

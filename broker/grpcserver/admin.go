@@ -3,6 +3,7 @@ package grpcserver
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"tokenbroker/broker"
 	pb "tokenbroker/proto/tokenbroker/v1"
@@ -39,35 +40,74 @@ func partStatus(p broker.PartStatus) *pb.PartStatus {
 }
 
 func (a admin) ListGrants(ctx context.Context, r *pb.ListGrantsRequest) (*pb.ListGrantsResponse, error) {
-	list, err := a.b.Grants(ctx, broker.HubID(r.Hub), broker.UserID(r.User))
+	list, err := a.b.Report(ctx, broker.HubID(r.Hub), broker.UserID(r.User), broker.ProviderID(r.Provider))
 	if err != nil {
 		return nil, err
 	}
 	answer := new(pb.ListGrantsResponse)
 	for _, g := range list {
-		answer.Grants = append(answer.Grants, &pb.Grant{
-			Hub:              string(g.Key.Hub),
-			User:             string(g.User),
-			Provider:         string(g.Key.Provider),
-			Sub:              g.Key.Sub,
-			State:            grantStates[g.State],
-			Reason:           g.Reason,
-			Version:          g.Version,
-			Epoch:            g.Epoch,
-			Roles:            g.Roles,
-			RefreshedAt:      timestamp(g.RefreshedAt),
-			RefreshedBy:      string(g.RefreshedBy),
-			ExpiresAt:        timestamp(g.Expires),
-			OutstandingUntil: timestamp(g.OutstandingUntil),
-		})
+		answer.Grants = append(answer.Grants, grant(&g))
 	}
 	return answer, nil
 }
 
+// grant is g on the wire; nil stays nil.
+func grant(g *broker.GrantReport) *pb.Grant {
+	if g == nil {
+		return nil
+	}
+	m := &pb.Grant{
+		Hub:              string(g.Key.Hub),
+		User:             string(g.User),
+		Provider:         string(g.Key.Provider),
+		Sub:              g.Key.Sub,
+		State:            grantStates[g.State],
+		Reason:           g.Reason,
+		Version:          g.Version,
+		Epoch:            g.Epoch,
+		Roles:            g.Roles,
+		RefreshedAt:      timestamp(g.RefreshedAt),
+		RefreshedBy:      string(g.RefreshedBy),
+		ExpiresAt:        timestamp(g.Expires),
+		OutstandingUntil: timestamp(g.OutstandingUntil),
+		Username:         g.Username,
+		Since:            timestamp(g.Since),
+		LoginAt:          timestamp(g.LoginAt),
+		Why:              g.Outlook.Why,
+		Next:             string(g.Outlook.Next),
+		NextAt:           timestamp(g.Outlook.At),
+		NextText:         g.Outlook.Says,
+		EndFixed:         g.End.Fixed,
+		Mark:             markText(g.Mark),
+
+		ProviderRevocation: string(g.Revocation),
+	}
+	if g.Lease.Holder != "" {
+		m.Lease = &pb.Lease{Host: string(g.Lease.Host), Until: timestamp(g.Lease.Until)}
+	}
+	for _, h := range g.Running {
+		m.RunningOn = append(m.RunningOn, string(h))
+	}
+	return m
+}
+
+func markText(m broker.Mark) string {
+	switch {
+	case m.Lost:
+		return "lost"
+	case m.Attempt != "":
+		return "sent"
+	}
+	return ""
+}
+
 func (a admin) ListRegistrations(context.Context, *pb.ListRegistrationsRequest) (*pb.ListRegistrationsResponse, error) {
-	answer := new(pb.ListRegistrationsResponse)
-	for _, r := range a.b.Registrations() {
-		answer.Registrations = append(answer.Registrations, &pb.Registration{
+	return &pb.ListRegistrationsResponse{Registrations: registrations(a.b.Registrations())}, nil
+}
+
+func registrations(list []broker.Registration) (all []*pb.Registration) {
+	for _, r := range list {
+		all = append(all, &pb.Registration{
 			Hub:           string(r.Key.Hub),
 			User:          string(r.Key.User),
 			Server:        string(r.Key.Server),
@@ -81,18 +121,23 @@ func (a admin) ListRegistrations(context.Context, *pb.ListRegistrationsRequest) 
 			Directory:     r.Directory,
 		})
 	}
-	return answer, nil
+	return all
 }
 
+// administrator is who asks, for the audit.
+func administrator(ctx context.Context) string { return fmt.Sprintf("uid %d", peerOf(ctx).UID) }
+
 func (a admin) Disconnect(ctx context.Context, r *pb.DisconnectRequest) (*pb.DisconnectResponse, error) {
-	by := fmt.Sprintf("uid %d", peerOf(ctx).UID)
-	gone, ref, err := a.b.Disconnect(ctx, by, broker.HubID(r.Hub), broker.UserID(r.User), broker.ProviderID(r.Provider))
+	gone, ref, err := a.b.Disconnect(ctx, administrator(ctx), broker.HubID(r.Hub), broker.UserID(r.User), broker.ProviderID(r.Provider))
 	if err != nil {
 		return nil, err
 	}
-	answer := &pb.DisconnectResponse{Ref: ref}
+	return &pb.DisconnectResponse{Disconnected: disconnected(gone), Ref: ref}, nil
+}
+
+func disconnected(gone []broker.Disconnection) (all []*pb.Disconnected) {
 	for _, d := range gone {
-		answer.Disconnected = append(answer.Disconnected, &pb.Disconnected{
+		all = append(all, &pb.Disconnected{
 			Provider:         string(d.Provider),
 			Sub:              d.Sub,
 			IssuingStoppedAt: timestamp(d.IssuingStoppedAt),
@@ -100,6 +145,65 @@ func (a admin) Disconnect(ctx context.Context, r *pb.DisconnectRequest) (*pb.Dis
 
 			ProviderRevocation: string(d.Revocation),
 		})
+	}
+	return all
+}
+
+func (a admin) ShowUser(ctx context.Context, r *pb.ShowUserRequest) (*pb.ShowUserResponse, error) {
+	u, err := a.b.User(ctx, broker.HubID(r.Hub), broker.UserID(r.User))
+	if err != nil {
+		return nil, err
+	}
+	answer := &pb.ShowUserResponse{
+		Hub:              string(u.Hub),
+		User:             string(u.User),
+		Groups:           u.Groups,
+		ReboundAt:        timestamp(u.Rebound),
+		Registrations:    registrations(u.Servers),
+		OutstandingUntil: timestamp(u.OutstandingUntil),
+	}
+	for _, c := range u.Accounts {
+		answer.Accounts = append(answer.Accounts, &pb.Account{Provider: string(c.Provider), Login: c.Login, Sub: c.Sub, Grant: grant(c.Grant)})
+	}
+	return answer, nil
+}
+
+func (a admin) Rebind(ctx context.Context, r *pb.RebindRequest) (*pb.RebindResponse, error) {
+	done, err := a.b.Rebind(ctx, administrator(ctx), broker.HubID(r.Hub), broker.UserID(r.User), broker.ProviderID(r.Provider), r.Sub)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.RebindResponse{WasSub: done.Was, Sub: done.Sub, Ended: disconnected(done.Ended), Ref: done.Ref}, nil
+}
+
+func (a admin) Explain(ctx context.Context, r *pb.ExplainRequest) (*pb.ExplainResponse, error) {
+	x, err := a.b.Explain(ctx, broker.Question{
+		Hub: broker.HubID(r.Hub), User: broker.UserID(r.User), Server: broker.ServerName(r.Server),
+		Want: broker.Want{Provider: broker.ProviderID(r.Provider), Audience: r.Audience, Scopes: r.Scopes},
+	})
+	if err != nil {
+		return nil, err
+	}
+	answer := &pb.ExplainResponse{
+		Hub:              string(x.Server.Hub),
+		Provider:         string(x.Want.Provider),
+		Assumed:          x.Assumed,
+		Rule:             int32(x.Rule),
+		RuleText:         x.RuleText,
+		Needs:            x.Needs,
+		Has:              x.Has,
+		Fits:             x.Fits,
+		Audience:         x.Target.Audience,
+		Scopes:           x.Target.Scopes,
+		AskedScopes:      x.AskedScopes,
+		MaxTtl:           int32(x.MaxTTL / time.Second),
+		Unverified:       x.Unverified,
+		Grant:            grant(x.Grant),
+		CachedUntil:      timestamp(x.CachedUntil),
+		OutstandingUntil: timestamp(x.OutstandingUntil),
+	}
+	if x.Refusal != nil {
+		answer.Refusal = refusal(x.Refusal)
 	}
 	return answer, nil
 }

@@ -115,6 +115,9 @@ var actions = map[string]string{
 	"ListGrants":        "grants",
 	"ListRegistrations": "registrations",
 	"Disconnect":        "disconnect",
+	"ShowUser":          "user",
+	"Rebind":            "rebind",
+	"Explain":           "explain",
 }
 
 // answer calls a method and turns whatever goes wrong into a status that may

@@ -168,6 +168,13 @@ func TestTheAdministratorSeesAllButSecrets(t *testing.T) {
 		t.Errorf("ListRegistrations: %v", regs)
 	}
 
+	if g.Next != "on_request" || g.NextText == "" || g.Why == "" || g.LoginAt == nil || g.Since == nil || g.Username != "alice" || g.Mark != "" || g.Lease != nil {
+		t.Errorf("ListGrants: %v", g)
+	}
+	if none, err := c.ListGrants(ctx, &pb.ListGrantsRequest{Provider: "another"}); err != nil || len(none.Grants) != 0 {
+		t.Errorf("ListGrants of another provider: %v, %v", none, err)
+	}
+
 	gone, err := c.Disconnect(ctx, &pb.DisconnectRequest{User: "alice"})
 	check(t, err)
 	if len(gone.Disconnected) != 1 || gone.Disconnected[0].IssuingStoppedAt == nil || gone.Ref == "" {
@@ -176,6 +183,47 @@ func TestTheAdministratorSeesAllButSecrets(t *testing.T) {
 	_, err = c.Disconnect(ctx, &pb.DisconnectRequest{User: "nobody"})
 	if status.Code(err) != codes.InvalidArgument {
 		t.Errorf("Disconnect of nobody: %v, want INVALID_ARGUMENT", err)
+	}
+}
+
+func TestTheAdministratorAsksAboutOneUser(t *testing.T) {
+	r := newRig(t)
+	c := pb.NewAdminClient(r.dial(grpcserver.NewAdmin(r.b, r.logger), asAdmin))
+	ctx := context.Background()
+
+	x, err := c.Explain(ctx, &pb.ExplainRequest{User: "alice"})
+	check(t, err)
+	if x.Hub != "main" || x.Provider != "keycloak" || x.Refusal != nil || x.Rule != 1 || x.RuleText == "" || x.Audience != "storage" ||
+		len(x.Scopes) != 1 || len(x.Has) != 1 || x.Grant.GetSub() != "alice" || x.OutstandingUntil == nil || x.CachedUntil != nil {
+		t.Errorf("Explain: %v", x)
+	}
+	x, err = c.Explain(ctx, &pb.ExplainRequest{User: "alice", Audience: "moon", Server: "gpu"})
+	check(t, err)
+	if x.Refusal.GetCode() != "denied" || x.Refusal.GetSentence() == "" || !strings.Contains(x.Refusal.GetNext(), "it-help@lab.example") || len(x.Assumed) == 0 {
+		t.Errorf("Explain: %v", x)
+	}
+	_, err = c.Explain(ctx, &pb.ExplainRequest{User: "alice", Provider: "x"})
+	if info := infoOf(err); status.Code(err) != codes.InvalidArgument || info.GetMetadata()["ref"] == "" {
+		t.Errorf("Explain of no provider: %v with %v, want INVALID_ARGUMENT with a ref", err, info)
+	}
+
+	u, err := c.ShowUser(ctx, &pb.ShowUserRequest{User: "alice"})
+	check(t, err)
+	if u.Hub != "main" || u.User != "alice" || len(u.Accounts) != 1 || !u.Accounts[0].Login || u.Accounts[0].Grant.GetState() != pb.GrantState_GRANT_STATE_LIVE ||
+		len(u.Registrations) != 1 || u.OutstandingUntil == nil || u.ReboundAt != nil {
+		t.Errorf("ShowUser: %v", u)
+	}
+
+	done, err := c.Rebind(ctx, &pb.RebindRequest{User: "alice", Provider: "keycloak", Sub: "eve"})
+	check(t, err)
+	if done.WasSub != "alice" || done.Sub != "eve" || len(done.Ended) != 1 || done.Ended[0].IssuingStoppedAt == nil || done.Ref == "" {
+		t.Errorf("Rebind: %v", done)
+	}
+	if u, err = c.ShowUser(ctx, &pb.ShowUserRequest{User: "alice"}); err != nil || u.ReboundAt == nil || u.Accounts[0].Sub != "eve" {
+		t.Errorf("ShowUser after Rebind: %v, %v", u, err)
+	}
+	if _, err := c.Rebind(ctx, &pb.RebindRequest{User: "alice", Provider: "keycloak", Sub: "eve"}); status.Code(err) != codes.InvalidArgument {
+		t.Errorf("Rebind again: %v, want INVALID_ARGUMENT", err)
 	}
 }
 

@@ -97,8 +97,11 @@ func watchResponse(u broker.Update) *pb.WatchResponse {
 	if u.Refusal == nil {
 		return &pb.WatchResponse{Event: u.Event, Token: tokenResponse(u.Token)}
 	}
-	r := u.Refusal
-	return &pb.WatchResponse{Event: u.Event, Refusal: &pb.Refusal{Code: string(r.Code), Sentence: r.Sentence, Next: r.Next, Ref: r.Ref}}
+	return &pb.WatchResponse{Event: u.Event, Refusal: refusal(u.Refusal)}
+}
+
+func refusal(e *broker.Error) *pb.Refusal {
+	return &pb.Refusal{Code: string(e.Code), Sentence: e.Sentence, Next: e.Next, Ref: e.Ref}
 }
 
 func (w workload) ListProviders(ctx context.Context, _ *pb.ListProvidersRequest) (*pb.ListProvidersResponse, error) {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -127,93 +126,4 @@ func partText(p *pb.PartStatus) string {
 		return "ok"
 	}
 	return "ok  " + p.GetDetail()
-}
-
-func newSessions() *cobra.Command {
-	c := &cobra.Command{Use: "list", Short: "The users' grants, and the servers on this host", Args: cobra.NoArgs}
-	hub := c.Flags().String("hub", "", "only this hub")
-	user := c.Flags().String("user", "", "only this user of the hub")
-	adminAction(c, func(c *cobra.Command, _ []string, a pb.AdminClient) error {
-		grants, err := a.ListGrants(c.Context(), &pb.ListGrantsRequest{Hub: *hub, User: *user})
-		if err != nil {
-			return err
-		}
-		servers, err := a.ListRegistrations(c.Context(), &pb.ListRegistrationsRequest{})
-		if err != nil {
-			return err
-		}
-		servers.Registrations = slices.DeleteFunc(servers.Registrations, func(r *pb.Registration) bool {
-			return *hub != "" && r.GetHub() != *hub || *user != "" && r.GetUser() != *user
-		})
-		if wantsJSON(c) {
-			return printSessionsJSON(c.OutOrStdout(), grants, servers)
-		}
-		return printSessions(c.OutOrStdout(), grants.GetGrants(), servers.GetRegistrations())
-	})
-	return group("sessions", "What the broker holds", c)
-}
-
-func printSessionsJSON(w io.Writer, grants *pb.ListGrantsResponse, servers *pb.ListRegistrationsResponse) error {
-	all := map[string]json.RawMessage{}
-	for _, part := range []json.RawMessage{protoJSON(grants), protoJSON(servers)} {
-		if err := json.Unmarshal(part, &all); err != nil {
-			return err
-		}
-	}
-	return printJSON(w, all)
-}
-
-func printSessions(w io.Writer, grants []*pb.Grant, servers []*pb.Registration) error {
-	t := newTable(w, "HUB", "USER", "PROVIDER", "GRANT", "WHY", "ROLES", "REFRESHED", "ENDS", "TOKENS LIVE UNTIL")
-	for _, g := range grants {
-		t.row(g.GetHub(), g.GetUser(), g.GetProvider(), stateText(g.GetState()), g.GetReason(), strings.Join(g.GetRoles(), " "),
-			when(g.GetRefreshedAt()), when(g.GetExpiresAt()), when(g.GetOutstandingUntil()))
-	}
-	if err := t.Flush(); err != nil {
-		return err
-	}
-	fmt.Fprintln(w)
-	t = newTable(w, "HUB", "USER", "SERVER", "STATE", "WHY", "CONTAINER", "LEVEL")
-	for _, r := range servers {
-		t.row(r.GetHub(), r.GetUser(), r.GetServer(), r.GetState(), r.GetReason(), r.GetContainerName(), r.GetLevel())
-	}
-	return t.Flush()
-}
-
-// stateText is a grant's state as the documents write it.
-func stateText(s pb.GrantState) string {
-	return strings.ToLower(strings.TrimPrefix(s.String(), "GRANT_STATE_"))
-}
-
-func newUsers() *cobra.Command {
-	c := &cobra.Command{
-		Use:   "disconnect USER",
-		Short: "End a user's grants: no broker of the deployment gives tokens for them from then on",
-		Args:  cobra.ExactArgs(1),
-	}
-	hub := c.Flags().String("hub", "", "the hub; not needed if there is only one")
-	provider := c.Flags().String("provider", "", "only the grant at this provider")
-	adminAction(c, func(c *cobra.Command, args []string, a pb.AdminClient) error {
-		r, err := a.Disconnect(c.Context(), &pb.DisconnectRequest{Hub: *hub, User: args[0], Provider: *provider})
-		if err != nil {
-			return err
-		}
-		if wantsJSON(c) {
-			return printJSON(c.OutOrStdout(), protoJSON(r))
-		}
-		return printDisconnected(c.OutOrStdout(), r)
-	})
-	return group("users", "What is done to users", c)
-}
-
-func printDisconnected(w io.Writer, r *pb.DisconnectResponse) error {
-	t := newTable(w, "PROVIDER", "SUBJECT", "NO NEW TOKENS SINCE", "OLD TOKENS LIVE UNTIL", "REVOKED AT PROVIDER")
-	for _, d := range r.GetDisconnected() {
-		t.row(d.GetProvider(), d.GetSub(), when(d.GetIssuingStoppedAt()), when(d.GetOutstandingUntil()), d.GetProviderRevocation())
-	}
-	if err := t.Flush(); err != nil {
-		return err
-	}
-	_, err := fmt.Fprintf(w, "ref %s\n", r.GetRef())
-	return err
 }

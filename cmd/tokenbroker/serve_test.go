@@ -10,6 +10,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -170,4 +171,45 @@ func TestAHelperThatImagesCanNotRunIsFound(t *testing.T) {
 	if got[0].Result != "FAILS" || !strings.Contains(got[0].Detail, "chmod 0755") {
 		t.Errorf("a closed one: %+v", got)
 	}
+}
+
+// The commands about users, on a broker whose users have logged in.
+func TestTheAdministratorsCommandsOnALiveUser(t *testing.T) {
+	w := newTestWorld(t, func(*Config) {})
+	ctx := t.Context()
+	login := func(account string) error {
+		if _, err := w.hub.login(ctx, account); err != nil {
+			return err
+		}
+		return w.hub.claim(ctx, "alice")
+	}
+	if err := login("alice"); err != nil {
+		t.Fatal(err)
+	}
+	says := func(code int, text string, args ...string) {
+		t.Helper()
+		var out strings.Builder
+		if got := run(ctx, append(args, "--socket", w.cfg.Admin.Socket), &out, &out); got != code || !regexp.MustCompile(text).MatchString(out.String()) {
+			t.Errorf("%v: exit code %d, want %d, and %q in\n%s", args, got, code, text, out.String())
+		}
+	}
+	says(0, `alice +devidp +live +- +on_request .*roles/researcher`, "sessions", "list")
+	says(0, `grant +live: the user logged in on .*\nnext +refreshed when a token is asked for; the provider sets no end`, "sessions", "show", "alice")
+	says(0, `devidp +sub-alice .*live`, "users", "show", "alice")
+	says(0, `answer +yes\nrule +1  \{roles: \[researcher\], audiences: \[storage\], scopes: \[read\], provider: devidp, max_ttl: 10m0s\}\n`+
+		`roles that it wants +researcher\nof these the user has +devidp:roles/researcher`, "explain", "--user", "alice")
+	says(0, `answer +no \(denied\)\nthe user is told +.*needs one of the roles admin; you have .*\nrule +2 `, "explain", "--user", "alice", "--audience", "compute")
+
+	if err := login("bob"); err == nil {
+		t.Error("bob got alice's name")
+	}
+	says(0, `alice: was sub sub-alice, is now sub sub-bob\n(?s).*devidp +sub-alice`, "users", "rebind", "alice", "--provider", "devidp", "--sub", "sub-bob", "--yes")
+	if err := login("alice"); err == nil {
+		t.Error("alice got the name back")
+	}
+	if err := login("bob"); err != nil {
+		t.Errorf("bob's login after: %v", err)
+	}
+	says(0, `account +devidp, sub sub-bob`, "sessions", "show", "alice")
+	says(0, `- +devidp +revoked +the name alice was given to another account +login`, "sessions", "list")
 }

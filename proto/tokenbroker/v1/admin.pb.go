@@ -249,7 +249,9 @@ type ListGrantsRequest struct {
 	// Only grants of this hub.
 	Hub string `protobuf:"bytes,1,opt,name=hub,proto3" json:"hub,omitempty"`
 	// Only grants linked to this user.
-	User          string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	User string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	// Only grants at this provider.
+	Provider      string `protobuf:"bytes,3,opt,name=provider,proto3" json:"provider,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -294,6 +296,13 @@ func (x *ListGrantsRequest) GetHub() string {
 func (x *ListGrantsRequest) GetUser() string {
 	if x != nil {
 		return x.User
+	}
+	return ""
+}
+
+func (x *ListGrantsRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
 	}
 	return ""
 }
@@ -373,8 +382,43 @@ type Grant struct {
 	ExpiresAt *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
 	// Until when an access token that was issued for it may still be valid.
 	OutstandingUntil *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=outstanding_until,json=outstandingUntil,proto3" json:"outstanding_until,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// The user's name at the provider, for people only.
+	Username string `protobuf:"bytes,14,opt,name=username,proto3" json:"username,omitempty"`
+	// Since when it is in its state.
+	Since *timestamppb.Timestamp `protobuf:"bytes,15,opt,name=since,proto3" json:"since,omitempty"`
+	// When the login was made that it rests on.
+	LoginAt *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=login_at,json=loginAt,proto3" json:"login_at,omitempty"`
+	// Why it is in its state, as a sentence.
+	Why string `protobuf:"bytes,17,opt,name=why,proto3" json:"why,omitempty"`
+	// What happens next:
+	//
+	//	refreshing  a broker asks the provider, until next_at at the latest
+	//	keep_alive  refreshed at about next_at, for a running server
+	//	on_request  refreshed when a token is asked for; ends at next_at if none is
+	//	retry       a refresh got no answer; the next one tells, not before next_at
+	//	end         ends at next_at, whoever refreshes
+	//	login       waits for the user to log in
+	//	nothing     its provider is not in the configuration
+	Next string `protobuf:"bytes,18,opt,name=next,proto3" json:"next,omitempty"`
+	// When; unset if not known.
+	NextAt *timestamppb.Timestamp `protobuf:"bytes,19,opt,name=next_at,json=nextAt,proto3" json:"next_at,omitempty"`
+	// What happens next, as a sentence.
+	NextText string `protobuf:"bytes,20,opt,name=next_text,json=nextText,proto3" json:"next_text,omitempty"`
+	// Whether refreshes don't move expires_at any more: it is the session's
+	// maximum.
+	EndFixed bool `protobuf:"varint,21,opt,name=end_fixed,json=endFixed,proto3" json:"end_fixed,omitempty"`
+	// Who may refresh it at the moment; unset if nobody does.
+	Lease *Lease `protobuf:"bytes,22,opt,name=lease,proto3" json:"lease,omitempty"`
+	// Whether its refresh token was sent and the answer isn't known: empty, sent
+	// (perhaps the answer is on its way), or lost.
+	Mark string `protobuf:"bytes,23,opt,name=mark,proto3" json:"mark,omitempty"`
+	// The hosts on which the user has a running server, sorted.
+	RunningOn []string `protobuf:"bytes,24,rep,name=running_on,json=runningOn,proto3" json:"running_on,omitempty"`
+	// Of a grant that was ended from our side: whether the provider was told to
+	// end what had been issued. As in Disconnected.
+	ProviderRevocation string `protobuf:"bytes,25,opt,name=provider_revocation,json=providerRevocation,proto3" json:"provider_revocation,omitempty"`
+	unknownFields      protoimpl.UnknownFields
+	sizeCache          protoimpl.SizeCache
 }
 
 func (x *Grant) Reset() {
@@ -498,6 +542,145 @@ func (x *Grant) GetOutstandingUntil() *timestamppb.Timestamp {
 	return nil
 }
 
+func (x *Grant) GetUsername() string {
+	if x != nil {
+		return x.Username
+	}
+	return ""
+}
+
+func (x *Grant) GetSince() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Since
+	}
+	return nil
+}
+
+func (x *Grant) GetLoginAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.LoginAt
+	}
+	return nil
+}
+
+func (x *Grant) GetWhy() string {
+	if x != nil {
+		return x.Why
+	}
+	return ""
+}
+
+func (x *Grant) GetNext() string {
+	if x != nil {
+		return x.Next
+	}
+	return ""
+}
+
+func (x *Grant) GetNextAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.NextAt
+	}
+	return nil
+}
+
+func (x *Grant) GetNextText() string {
+	if x != nil {
+		return x.NextText
+	}
+	return ""
+}
+
+func (x *Grant) GetEndFixed() bool {
+	if x != nil {
+		return x.EndFixed
+	}
+	return false
+}
+
+func (x *Grant) GetLease() *Lease {
+	if x != nil {
+		return x.Lease
+	}
+	return nil
+}
+
+func (x *Grant) GetMark() string {
+	if x != nil {
+		return x.Mark
+	}
+	return ""
+}
+
+func (x *Grant) GetRunningOn() []string {
+	if x != nil {
+		return x.RunningOn
+	}
+	return nil
+}
+
+func (x *Grant) GetProviderRevocation() string {
+	if x != nil {
+		return x.ProviderRevocation
+	}
+	return ""
+}
+
+// Lease is the right of one broker to refresh a grant.
+type Lease struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The host.
+	Host string `protobuf:"bytes,1,opt,name=host,proto3" json:"host,omitempty"`
+	// When it ends by itself.
+	Until         *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=until,proto3" json:"until,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Lease) Reset() {
+	*x = Lease{}
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[6]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Lease) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Lease) ProtoMessage() {}
+
+func (x *Lease) ProtoReflect() protoreflect.Message {
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[6]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Lease.ProtoReflect.Descriptor instead.
+func (*Lease) Descriptor() ([]byte, []int) {
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{6}
+}
+
+func (x *Lease) GetHost() string {
+	if x != nil {
+		return x.Host
+	}
+	return ""
+}
+
+func (x *Lease) GetUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.Until
+	}
+	return nil
+}
+
 // ListRegistrationsRequest has no fields.
 type ListRegistrationsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -507,7 +690,7 @@ type ListRegistrationsRequest struct {
 
 func (x *ListRegistrationsRequest) Reset() {
 	*x = ListRegistrationsRequest{}
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[6]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -519,7 +702,7 @@ func (x *ListRegistrationsRequest) String() string {
 func (*ListRegistrationsRequest) ProtoMessage() {}
 
 func (x *ListRegistrationsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[6]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -532,7 +715,7 @@ func (x *ListRegistrationsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRegistrationsRequest.ProtoReflect.Descriptor instead.
 func (*ListRegistrationsRequest) Descriptor() ([]byte, []int) {
-	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{6}
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{7}
 }
 
 // ListRegistrationsResponse is the list, sorted by hub, user and server.
@@ -546,7 +729,7 @@ type ListRegistrationsResponse struct {
 
 func (x *ListRegistrationsResponse) Reset() {
 	*x = ListRegistrationsResponse{}
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[7]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -558,7 +741,7 @@ func (x *ListRegistrationsResponse) String() string {
 func (*ListRegistrationsResponse) ProtoMessage() {}
 
 func (x *ListRegistrationsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[7]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -571,7 +754,7 @@ func (x *ListRegistrationsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListRegistrationsResponse.ProtoReflect.Descriptor instead.
 func (*ListRegistrationsResponse) Descriptor() ([]byte, []int) {
-	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{7}
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListRegistrationsResponse) GetRegistrations() []*Registration {
@@ -612,7 +795,7 @@ type Registration struct {
 
 func (x *Registration) Reset() {
 	*x = Registration{}
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[8]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -624,7 +807,7 @@ func (x *Registration) String() string {
 func (*Registration) ProtoMessage() {}
 
 func (x *Registration) ProtoReflect() protoreflect.Message {
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[8]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -637,7 +820,7 @@ func (x *Registration) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Registration.ProtoReflect.Descriptor instead.
 func (*Registration) Descriptor() ([]byte, []int) {
-	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{8}
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *Registration) GetHub() string {
@@ -732,7 +915,7 @@ type DisconnectRequest struct {
 
 func (x *DisconnectRequest) Reset() {
 	*x = DisconnectRequest{}
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[9]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -744,7 +927,7 @@ func (x *DisconnectRequest) String() string {
 func (*DisconnectRequest) ProtoMessage() {}
 
 func (x *DisconnectRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[9]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -757,7 +940,7 @@ func (x *DisconnectRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectRequest.ProtoReflect.Descriptor instead.
 func (*DisconnectRequest) Descriptor() ([]byte, []int) {
-	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{9}
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *DisconnectRequest) GetHub() string {
@@ -794,7 +977,7 @@ type DisconnectResponse struct {
 
 func (x *DisconnectResponse) Reset() {
 	*x = DisconnectResponse{}
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[10]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -806,7 +989,7 @@ func (x *DisconnectResponse) String() string {
 func (*DisconnectResponse) ProtoMessage() {}
 
 func (x *DisconnectResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[10]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -819,7 +1002,7 @@ func (x *DisconnectResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DisconnectResponse.ProtoReflect.Descriptor instead.
 func (*DisconnectResponse) Descriptor() ([]byte, []int) {
-	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{10}
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *DisconnectResponse) GetDisconnected() []*Disconnected {
@@ -857,7 +1040,7 @@ type Disconnected struct {
 
 func (x *Disconnected) Reset() {
 	*x = Disconnected{}
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[11]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -869,7 +1052,7 @@ func (x *Disconnected) String() string {
 func (*Disconnected) ProtoMessage() {}
 
 func (x *Disconnected) ProtoReflect() protoreflect.Message {
-	mi := &file_tokenbroker_v1_admin_proto_msgTypes[11]
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -882,7 +1065,7 @@ func (x *Disconnected) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Disconnected.ProtoReflect.Descriptor instead.
 func (*Disconnected) Descriptor() ([]byte, []int) {
-	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{11}
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *Disconnected) GetProvider() string {
@@ -920,6 +1103,666 @@ func (x *Disconnected) GetProviderRevocation() string {
 	return ""
 }
 
+// ShowUserRequest names a user.
+type ShowUserRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the hub; may be empty if there is only one.
+	Hub string `protobuf:"bytes,1,opt,name=hub,proto3" json:"hub,omitempty"`
+	// The hub's user.
+	User          string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ShowUserRequest) Reset() {
+	*x = ShowUserRequest{}
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[13]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowUserRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowUserRequest) ProtoMessage() {}
+
+func (x *ShowUserRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[13]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowUserRequest.ProtoReflect.Descriptor instead.
+func (*ShowUserRequest) Descriptor() ([]byte, []int) {
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{13}
+}
+
+func (x *ShowUserRequest) GetHub() string {
+	if x != nil {
+		return x.Hub
+	}
+	return ""
+}
+
+func (x *ShowUserRequest) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+// ShowUserResponse is all that is known of a user.
+type ShowUserResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the hub.
+	Hub string `protobuf:"bytes,1,opt,name=hub,proto3" json:"hub,omitempty"`
+	// The hub's user.
+	User string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	// The user's groups at the hub, as it last said, sorted.
+	Groups []string `protobuf:"bytes,3,rep,name=groups,proto3" json:"groups,omitempty"`
+	// When the name was last given to another person; unset: never.
+	ReboundAt *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=rebound_at,json=reboundAt,proto3" json:"rebound_at,omitempty"`
+	// Who the user is at the providers, sorted by provider.
+	Accounts []*Account `protobuf:"bytes,5,rep,name=accounts,proto3" json:"accounts,omitempty"`
+	// The user's servers on all hosts, as their brokers have last said.
+	Registrations []*Registration `protobuf:"bytes,6,rep,name=registrations,proto3" json:"registrations,omitempty"`
+	// Until when an access token that the user got may still be valid.
+	OutstandingUntil *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=outstanding_until,json=outstandingUntil,proto3" json:"outstanding_until,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *ShowUserResponse) Reset() {
+	*x = ShowUserResponse{}
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[14]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ShowUserResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ShowUserResponse) ProtoMessage() {}
+
+func (x *ShowUserResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[14]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ShowUserResponse.ProtoReflect.Descriptor instead.
+func (*ShowUserResponse) Descriptor() ([]byte, []int) {
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{14}
+}
+
+func (x *ShowUserResponse) GetHub() string {
+	if x != nil {
+		return x.Hub
+	}
+	return ""
+}
+
+func (x *ShowUserResponse) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *ShowUserResponse) GetGroups() []string {
+	if x != nil {
+		return x.Groups
+	}
+	return nil
+}
+
+func (x *ShowUserResponse) GetReboundAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ReboundAt
+	}
+	return nil
+}
+
+func (x *ShowUserResponse) GetAccounts() []*Account {
+	if x != nil {
+		return x.Accounts
+	}
+	return nil
+}
+
+func (x *ShowUserResponse) GetRegistrations() []*Registration {
+	if x != nil {
+		return x.Registrations
+	}
+	return nil
+}
+
+func (x *ShowUserResponse) GetOutstandingUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.OutstandingUntil
+	}
+	return nil
+}
+
+// Account is who a hub's user is at one provider.
+type Account struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the provider.
+	Provider string `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
+	// Whether the hub's users log in with it.
+	Login bool `protobuf:"varint,2,opt,name=login,proto3" json:"login,omitempty"`
+	// The subject there.
+	Sub string `protobuf:"bytes,3,opt,name=sub,proto3" json:"sub,omitempty"`
+	// Its grant; unset if there is none.
+	Grant         *Grant `protobuf:"bytes,4,opt,name=grant,proto3" json:"grant,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Account) Reset() {
+	*x = Account{}
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Account) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Account) ProtoMessage() {}
+
+func (x *Account) ProtoReflect() protoreflect.Message {
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Account.ProtoReflect.Descriptor instead.
+func (*Account) Descriptor() ([]byte, []int) {
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *Account) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *Account) GetLogin() bool {
+	if x != nil {
+		return x.Login
+	}
+	return false
+}
+
+func (x *Account) GetSub() string {
+	if x != nil {
+		return x.Sub
+	}
+	return ""
+}
+
+func (x *Account) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+// RebindRequest names a user and who he is from now on.
+type RebindRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the hub; may be empty if there is only one.
+	Hub string `protobuf:"bytes,1,opt,name=hub,proto3" json:"hub,omitempty"`
+	// The hub's user.
+	User string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	// The provider.
+	Provider string `protobuf:"bytes,3,opt,name=provider,proto3" json:"provider,omitempty"`
+	// The subject there; empty: whoever logs in next under the user's name.
+	Sub           string `protobuf:"bytes,4,opt,name=sub,proto3" json:"sub,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RebindRequest) Reset() {
+	*x = RebindRequest{}
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RebindRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RebindRequest) ProtoMessage() {}
+
+func (x *RebindRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RebindRequest.ProtoReflect.Descriptor instead.
+func (*RebindRequest) Descriptor() ([]byte, []int) {
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{16}
+}
+
+func (x *RebindRequest) GetHub() string {
+	if x != nil {
+		return x.Hub
+	}
+	return ""
+}
+
+func (x *RebindRequest) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *RebindRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *RebindRequest) GetSub() string {
+	if x != nil {
+		return x.Sub
+	}
+	return ""
+}
+
+// RebindResponse says what has changed.
+type RebindResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// The subject until now; empty if there was none.
+	WasSub string `protobuf:"bytes,1,opt,name=was_sub,json=wasSub,proto3" json:"was_sub,omitempty"`
+	// The subject from now on; empty: whoever logs in next.
+	Sub string `protobuf:"bytes,2,opt,name=sub,proto3" json:"sub,omitempty"`
+	// The grants that have ended.
+	Ended []*Disconnected `protobuf:"bytes,3,rep,name=ended,proto3" json:"ended,omitempty"`
+	// The number of the audit line.
+	Ref           string `protobuf:"bytes,4,opt,name=ref,proto3" json:"ref,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *RebindResponse) Reset() {
+	*x = RebindResponse{}
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[17]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *RebindResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*RebindResponse) ProtoMessage() {}
+
+func (x *RebindResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[17]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use RebindResponse.ProtoReflect.Descriptor instead.
+func (*RebindResponse) Descriptor() ([]byte, []int) {
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{17}
+}
+
+func (x *RebindResponse) GetWasSub() string {
+	if x != nil {
+		return x.WasSub
+	}
+	return ""
+}
+
+func (x *RebindResponse) GetSub() string {
+	if x != nil {
+		return x.Sub
+	}
+	return ""
+}
+
+func (x *RebindResponse) GetEnded() []*Disconnected {
+	if x != nil {
+		return x.Ended
+	}
+	return nil
+}
+
+func (x *RebindResponse) GetRef() string {
+	if x != nil {
+		return x.Ref
+	}
+	return ""
+}
+
+// ExplainRequest is what a container of the user would ask for.
+type ExplainRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the hub; may be empty if there is only one.
+	Hub string `protobuf:"bytes,1,opt,name=hub,proto3" json:"hub,omitempty"`
+	// The hub's user.
+	User string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	// The server's name; empty for the default server.
+	Server string `protobuf:"bytes,3,opt,name=server,proto3" json:"server,omitempty"`
+	// As in GetTokenRequest.
+	Provider string `protobuf:"bytes,4,opt,name=provider,proto3" json:"provider,omitempty"`
+	// As in GetTokenRequest.
+	Audience string `protobuf:"bytes,5,opt,name=audience,proto3" json:"audience,omitempty"`
+	// As in GetTokenRequest.
+	Scopes        []string `protobuf:"bytes,6,rep,name=scopes,proto3" json:"scopes,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExplainRequest) Reset() {
+	*x = ExplainRequest{}
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[18]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainRequest) ProtoMessage() {}
+
+func (x *ExplainRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[18]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainRequest.ProtoReflect.Descriptor instead.
+func (*ExplainRequest) Descriptor() ([]byte, []int) {
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{18}
+}
+
+func (x *ExplainRequest) GetHub() string {
+	if x != nil {
+		return x.Hub
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetServer() string {
+	if x != nil {
+		return x.Server
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetAudience() string {
+	if x != nil {
+		return x.Audience
+	}
+	return ""
+}
+
+func (x *ExplainRequest) GetScopes() []string {
+	if x != nil {
+		return x.Scopes
+	}
+	return nil
+}
+
+// ExplainResponse is how the request would be answered.
+type ExplainResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Name of the hub.
+	Hub string `protobuf:"bytes,1,opt,name=hub,proto3" json:"hub,omitempty"`
+	// Name of the provider.
+	Provider string `protobuf:"bytes,2,opt,name=provider,proto3" json:"provider,omitempty"`
+	// Facts that are assumed because the server does not run on this host, as
+	// sentences.
+	Assumed []string `protobuf:"bytes,3,rep,name=assumed,proto3" json:"assumed,omitempty"`
+	// Why no token would be given; unset if one would be. It has no ref: nobody
+	// has asked.
+	Refusal *Refusal `protobuf:"bytes,4,opt,name=refusal,proto3" json:"refusal,omitempty"`
+	// The rule that answers, counted from 1, or the first one that would if the
+	// user had one of its roles; 0 if there is none.
+	Rule int32 `protobuf:"varint,5,opt,name=rule,proto3" json:"rule,omitempty"`
+	// The rule as it is written in the configuration.
+	RuleText string `protobuf:"bytes,6,opt,name=rule_text,json=ruleText,proto3" json:"rule_text,omitempty"`
+	// The roles of which the rule wants one; none: it wants none.
+	Needs []string `protobuf:"bytes,7,rep,name=needs,proto3" json:"needs,omitempty"`
+	// The roles that the user has, as provider:claim/value, sorted.
+	Has []string `protobuf:"bytes,8,rep,name=has,proto3" json:"has,omitempty"`
+	// Those of them that the rule wants.
+	Fits []string `protobuf:"bytes,9,rep,name=fits,proto3" json:"fits,omitempty"`
+	// The audience that the token would have.
+	Audience string `protobuf:"bytes,10,opt,name=audience,proto3" json:"audience,omitempty"`
+	// The scopes that the container would be given.
+	Scopes []string `protobuf:"bytes,11,rep,name=scopes,proto3" json:"scopes,omitempty"`
+	// The scopes that the provider would be asked for, with those that the
+	// audience needs.
+	AskedScopes []string `protobuf:"bytes,12,rep,name=asked_scopes,json=askedScopes,proto3" json:"asked_scopes,omitempty"`
+	// The longest life a token may have, in seconds; 0: any.
+	MaxTtl int32 `protobuf:"varint,13,opt,name=max_ttl,json=maxTtl,proto3" json:"max_ttl,omitempty"`
+	// Whether a token that can't be read is allowed.
+	Unverified bool `protobuf:"varint,14,opt,name=unverified,proto3" json:"unverified,omitempty"`
+	// The grant that it would come from; unset if there is none.
+	Grant *Grant `protobuf:"bytes,15,opt,name=grant,proto3" json:"grant,omitempty"`
+	// When the token ends that is there and would be given; unset if the provider
+	// would be asked.
+	CachedUntil *timestamppb.Timestamp `protobuf:"bytes,16,opt,name=cached_until,json=cachedUntil,proto3" json:"cached_until,omitempty"`
+	// Until when an access token that was issued for the grant may still be valid.
+	OutstandingUntil *timestamppb.Timestamp `protobuf:"bytes,17,opt,name=outstanding_until,json=outstandingUntil,proto3" json:"outstanding_until,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
+}
+
+func (x *ExplainResponse) Reset() {
+	*x = ExplainResponse{}
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[19]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExplainResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExplainResponse) ProtoMessage() {}
+
+func (x *ExplainResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_tokenbroker_v1_admin_proto_msgTypes[19]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExplainResponse.ProtoReflect.Descriptor instead.
+func (*ExplainResponse) Descriptor() ([]byte, []int) {
+	return file_tokenbroker_v1_admin_proto_rawDescGZIP(), []int{19}
+}
+
+func (x *ExplainResponse) GetHub() string {
+	if x != nil {
+		return x.Hub
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetProvider() string {
+	if x != nil {
+		return x.Provider
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetAssumed() []string {
+	if x != nil {
+		return x.Assumed
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetRefusal() *Refusal {
+	if x != nil {
+		return x.Refusal
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetRule() int32 {
+	if x != nil {
+		return x.Rule
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetRuleText() string {
+	if x != nil {
+		return x.RuleText
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetNeeds() []string {
+	if x != nil {
+		return x.Needs
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetHas() []string {
+	if x != nil {
+		return x.Has
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetFits() []string {
+	if x != nil {
+		return x.Fits
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetAudience() string {
+	if x != nil {
+		return x.Audience
+	}
+	return ""
+}
+
+func (x *ExplainResponse) GetScopes() []string {
+	if x != nil {
+		return x.Scopes
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetAskedScopes() []string {
+	if x != nil {
+		return x.AskedScopes
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetMaxTtl() int32 {
+	if x != nil {
+		return x.MaxTtl
+	}
+	return 0
+}
+
+func (x *ExplainResponse) GetUnverified() bool {
+	if x != nil {
+		return x.Unverified
+	}
+	return false
+}
+
+func (x *ExplainResponse) GetGrant() *Grant {
+	if x != nil {
+		return x.Grant
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetCachedUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.CachedUntil
+	}
+	return nil
+}
+
+func (x *ExplainResponse) GetOutstandingUntil() *timestamppb.Timestamp {
+	if x != nil {
+		return x.OutstandingUntil
+	}
+	return nil
+}
+
 var File_tokenbroker_v1_admin_proto protoreflect.FileDescriptor
 
 const file_tokenbroker_v1_admin_proto_rawDesc = "" +
@@ -946,12 +1789,13 @@ const file_tokenbroker_v1_admin_proto_rawDesc = "" +
 	"PartStatus\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x0e\n" +
 	"\x02ok\x18\x02 \x01(\bR\x02ok\x12\x16\n" +
-	"\x06detail\x18\x03 \x01(\tR\x06detail\"9\n" +
+	"\x06detail\x18\x03 \x01(\tR\x06detail\"U\n" +
 	"\x11ListGrantsRequest\x12\x10\n" +
 	"\x03hub\x18\x01 \x01(\tR\x03hub\x12\x12\n" +
-	"\x04user\x18\x02 \x01(\tR\x04user\"C\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\x12\x1a\n" +
+	"\bprovider\x18\x03 \x01(\tR\bprovider\"C\n" +
 	"\x12ListGrantsResponse\x12-\n" +
-	"\x06grants\x18\x01 \x03(\v2\x15.tokenbroker.v1.GrantR\x06grants\"\xd1\x03\n" +
+	"\x06grants\x18\x01 \x03(\v2\x15.tokenbroker.v1.GrantR\x06grants\"\xfc\x06\n" +
 	"\x05Grant\x12\x10\n" +
 	"\x03hub\x18\x01 \x01(\tR\x03hub\x12\x12\n" +
 	"\x04user\x18\x02 \x01(\tR\x04user\x12\x1a\n" +
@@ -967,7 +1811,23 @@ const file_tokenbroker_v1_admin_proto_rawDesc = "" +
 	"\frefreshed_by\x18\v \x01(\tR\vrefreshedBy\x129\n" +
 	"\n" +
 	"expires_at\x18\f \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\x12G\n" +
-	"\x11outstanding_until\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\x10outstandingUntil\"\x1a\n" +
+	"\x11outstanding_until\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\x10outstandingUntil\x12\x1a\n" +
+	"\busername\x18\x0e \x01(\tR\busername\x120\n" +
+	"\x05since\x18\x0f \x01(\v2\x1a.google.protobuf.TimestampR\x05since\x125\n" +
+	"\blogin_at\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\aloginAt\x12\x10\n" +
+	"\x03why\x18\x11 \x01(\tR\x03why\x12\x12\n" +
+	"\x04next\x18\x12 \x01(\tR\x04next\x123\n" +
+	"\anext_at\x18\x13 \x01(\v2\x1a.google.protobuf.TimestampR\x06nextAt\x12\x1b\n" +
+	"\tnext_text\x18\x14 \x01(\tR\bnextText\x12\x1b\n" +
+	"\tend_fixed\x18\x15 \x01(\bR\bendFixed\x12+\n" +
+	"\x05lease\x18\x16 \x01(\v2\x15.tokenbroker.v1.LeaseR\x05lease\x12\x12\n" +
+	"\x04mark\x18\x17 \x01(\tR\x04mark\x12\x1d\n" +
+	"\n" +
+	"running_on\x18\x18 \x03(\tR\trunningOn\x12/\n" +
+	"\x13provider_revocation\x18\x19 \x01(\tR\x12providerRevocation\"M\n" +
+	"\x05Lease\x12\x12\n" +
+	"\x04host\x18\x01 \x01(\tR\x04host\x120\n" +
+	"\x05until\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x05until\"\x1a\n" +
 	"\x18ListRegistrationsRequest\"_\n" +
 	"\x19ListRegistrationsResponse\x12B\n" +
 	"\rregistrations\x18\x01 \x03(\v2\x1c.tokenbroker.v1.RegistrationR\rregistrations\"\xac\x02\n" +
@@ -998,14 +1858,72 @@ const file_tokenbroker_v1_admin_proto_rawDesc = "" +
 	"\x03sub\x18\x02 \x01(\tR\x03sub\x12H\n" +
 	"\x12issuing_stopped_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x10issuingStoppedAt\x12G\n" +
 	"\x11outstanding_until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x10outstandingUntil\x12/\n" +
-	"\x13provider_revocation\x18\x05 \x01(\tR\x12providerRevocation2\xe4\x02\n" +
+	"\x13provider_revocation\x18\x05 \x01(\tR\x12providerRevocation\"7\n" +
+	"\x0fShowUserRequest\x12\x10\n" +
+	"\x03hub\x18\x01 \x01(\tR\x03hub\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\"\xcd\x02\n" +
+	"\x10ShowUserResponse\x12\x10\n" +
+	"\x03hub\x18\x01 \x01(\tR\x03hub\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\x12\x16\n" +
+	"\x06groups\x18\x03 \x03(\tR\x06groups\x129\n" +
+	"\n" +
+	"rebound_at\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\treboundAt\x123\n" +
+	"\baccounts\x18\x05 \x03(\v2\x17.tokenbroker.v1.AccountR\baccounts\x12B\n" +
+	"\rregistrations\x18\x06 \x03(\v2\x1c.tokenbroker.v1.RegistrationR\rregistrations\x12G\n" +
+	"\x11outstanding_until\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\x10outstandingUntil\"z\n" +
+	"\aAccount\x12\x1a\n" +
+	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x14\n" +
+	"\x05login\x18\x02 \x01(\bR\x05login\x12\x10\n" +
+	"\x03sub\x18\x03 \x01(\tR\x03sub\x12+\n" +
+	"\x05grant\x18\x04 \x01(\v2\x15.tokenbroker.v1.GrantR\x05grant\"c\n" +
+	"\rRebindRequest\x12\x10\n" +
+	"\x03hub\x18\x01 \x01(\tR\x03hub\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\x12\x1a\n" +
+	"\bprovider\x18\x03 \x01(\tR\bprovider\x12\x10\n" +
+	"\x03sub\x18\x04 \x01(\tR\x03sub\"\x81\x01\n" +
+	"\x0eRebindResponse\x12\x17\n" +
+	"\awas_sub\x18\x01 \x01(\tR\x06wasSub\x12\x10\n" +
+	"\x03sub\x18\x02 \x01(\tR\x03sub\x122\n" +
+	"\x05ended\x18\x03 \x03(\v2\x1c.tokenbroker.v1.DisconnectedR\x05ended\x12\x10\n" +
+	"\x03ref\x18\x04 \x01(\tR\x03ref\"\x9e\x01\n" +
+	"\x0eExplainRequest\x12\x10\n" +
+	"\x03hub\x18\x01 \x01(\tR\x03hub\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user\x12\x16\n" +
+	"\x06server\x18\x03 \x01(\tR\x06server\x12\x1a\n" +
+	"\bprovider\x18\x04 \x01(\tR\bprovider\x12\x1a\n" +
+	"\baudience\x18\x05 \x01(\tR\baudience\x12\x16\n" +
+	"\x06scopes\x18\x06 \x03(\tR\x06scopes\"\xbe\x04\n" +
+	"\x0fExplainResponse\x12\x10\n" +
+	"\x03hub\x18\x01 \x01(\tR\x03hub\x12\x1a\n" +
+	"\bprovider\x18\x02 \x01(\tR\bprovider\x12\x18\n" +
+	"\aassumed\x18\x03 \x03(\tR\aassumed\x121\n" +
+	"\arefusal\x18\x04 \x01(\v2\x17.tokenbroker.v1.RefusalR\arefusal\x12\x12\n" +
+	"\x04rule\x18\x05 \x01(\x05R\x04rule\x12\x1b\n" +
+	"\trule_text\x18\x06 \x01(\tR\bruleText\x12\x14\n" +
+	"\x05needs\x18\a \x03(\tR\x05needs\x12\x10\n" +
+	"\x03has\x18\b \x03(\tR\x03has\x12\x12\n" +
+	"\x04fits\x18\t \x03(\tR\x04fits\x12\x1a\n" +
+	"\baudience\x18\n" +
+	" \x01(\tR\baudience\x12\x16\n" +
+	"\x06scopes\x18\v \x03(\tR\x06scopes\x12!\n" +
+	"\fasked_scopes\x18\f \x03(\tR\vaskedScopes\x12\x17\n" +
+	"\amax_ttl\x18\r \x01(\x05R\x06maxTtl\x12\x1e\n" +
+	"\n" +
+	"unverified\x18\x0e \x01(\bR\n" +
+	"unverified\x12+\n" +
+	"\x05grant\x18\x0f \x01(\v2\x15.tokenbroker.v1.GrantR\x05grant\x12=\n" +
+	"\fcached_until\x18\x10 \x01(\v2\x1a.google.protobuf.TimestampR\vcachedUntil\x12G\n" +
+	"\x11outstanding_until\x18\x11 \x01(\v2\x1a.google.protobuf.TimestampR\x10outstandingUntil2\xc8\x04\n" +
 	"\x05Admin\x12G\n" +
 	"\x06Status\x12\x1d.tokenbroker.v1.StatusRequest\x1a\x1e.tokenbroker.v1.StatusResponse\x12S\n" +
 	"\n" +
 	"ListGrants\x12!.tokenbroker.v1.ListGrantsRequest\x1a\".tokenbroker.v1.ListGrantsResponse\x12h\n" +
 	"\x11ListRegistrations\x12(.tokenbroker.v1.ListRegistrationsRequest\x1a).tokenbroker.v1.ListRegistrationsResponse\x12S\n" +
 	"\n" +
-	"Disconnect\x12!.tokenbroker.v1.DisconnectRequest\x1a\".tokenbroker.v1.DisconnectResponseB0Z.tokenbroker/proto/tokenbroker/v1;tokenbrokerv1b\x06proto3"
+	"Disconnect\x12!.tokenbroker.v1.DisconnectRequest\x1a\".tokenbroker.v1.DisconnectResponse\x12M\n" +
+	"\bShowUser\x12\x1f.tokenbroker.v1.ShowUserRequest\x1a .tokenbroker.v1.ShowUserResponse\x12G\n" +
+	"\x06Rebind\x12\x1d.tokenbroker.v1.RebindRequest\x1a\x1e.tokenbroker.v1.RebindResponse\x12J\n" +
+	"\aExplain\x12\x1e.tokenbroker.v1.ExplainRequest\x1a\x1f.tokenbroker.v1.ExplainResponseB0Z.tokenbroker/proto/tokenbroker/v1;tokenbrokerv1b\x06proto3"
 
 var (
 	file_tokenbroker_v1_admin_proto_rawDescOnce sync.Once
@@ -1019,7 +1937,7 @@ func file_tokenbroker_v1_admin_proto_rawDescGZIP() []byte {
 	return file_tokenbroker_v1_admin_proto_rawDescData
 }
 
-var file_tokenbroker_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 13)
+var file_tokenbroker_v1_admin_proto_msgTypes = make([]protoimpl.MessageInfo, 21)
 var file_tokenbroker_v1_admin_proto_goTypes = []any{
 	(*StatusRequest)(nil),             // 0: tokenbroker.v1.StatusRequest
 	(*StatusResponse)(nil),            // 1: tokenbroker.v1.StatusResponse
@@ -1027,44 +1945,74 @@ var file_tokenbroker_v1_admin_proto_goTypes = []any{
 	(*ListGrantsRequest)(nil),         // 3: tokenbroker.v1.ListGrantsRequest
 	(*ListGrantsResponse)(nil),        // 4: tokenbroker.v1.ListGrantsResponse
 	(*Grant)(nil),                     // 5: tokenbroker.v1.Grant
-	(*ListRegistrationsRequest)(nil),  // 6: tokenbroker.v1.ListRegistrationsRequest
-	(*ListRegistrationsResponse)(nil), // 7: tokenbroker.v1.ListRegistrationsResponse
-	(*Registration)(nil),              // 8: tokenbroker.v1.Registration
-	(*DisconnectRequest)(nil),         // 9: tokenbroker.v1.DisconnectRequest
-	(*DisconnectResponse)(nil),        // 10: tokenbroker.v1.DisconnectResponse
-	(*Disconnected)(nil),              // 11: tokenbroker.v1.Disconnected
-	nil,                               // 12: tokenbroker.v1.StatusResponse.RegistrationsEntry
-	(*timestamppb.Timestamp)(nil),     // 13: google.protobuf.Timestamp
-	(GrantState)(0),                   // 14: tokenbroker.v1.GrantState
+	(*Lease)(nil),                     // 6: tokenbroker.v1.Lease
+	(*ListRegistrationsRequest)(nil),  // 7: tokenbroker.v1.ListRegistrationsRequest
+	(*ListRegistrationsResponse)(nil), // 8: tokenbroker.v1.ListRegistrationsResponse
+	(*Registration)(nil),              // 9: tokenbroker.v1.Registration
+	(*DisconnectRequest)(nil),         // 10: tokenbroker.v1.DisconnectRequest
+	(*DisconnectResponse)(nil),        // 11: tokenbroker.v1.DisconnectResponse
+	(*Disconnected)(nil),              // 12: tokenbroker.v1.Disconnected
+	(*ShowUserRequest)(nil),           // 13: tokenbroker.v1.ShowUserRequest
+	(*ShowUserResponse)(nil),          // 14: tokenbroker.v1.ShowUserResponse
+	(*Account)(nil),                   // 15: tokenbroker.v1.Account
+	(*RebindRequest)(nil),             // 16: tokenbroker.v1.RebindRequest
+	(*RebindResponse)(nil),            // 17: tokenbroker.v1.RebindResponse
+	(*ExplainRequest)(nil),            // 18: tokenbroker.v1.ExplainRequest
+	(*ExplainResponse)(nil),           // 19: tokenbroker.v1.ExplainResponse
+	nil,                               // 20: tokenbroker.v1.StatusResponse.RegistrationsEntry
+	(*timestamppb.Timestamp)(nil),     // 21: google.protobuf.Timestamp
+	(GrantState)(0),                   // 22: tokenbroker.v1.GrantState
+	(*Refusal)(nil),                   // 23: tokenbroker.v1.Refusal
 }
 var file_tokenbroker_v1_admin_proto_depIdxs = []int32{
-	13, // 0: tokenbroker.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
+	21, // 0: tokenbroker.v1.StatusResponse.started_at:type_name -> google.protobuf.Timestamp
 	2,  // 1: tokenbroker.v1.StatusResponse.store:type_name -> tokenbroker.v1.PartStatus
 	2,  // 2: tokenbroker.v1.StatusResponse.attestation:type_name -> tokenbroker.v1.PartStatus
 	2,  // 3: tokenbroker.v1.StatusResponse.providers:type_name -> tokenbroker.v1.PartStatus
-	12, // 4: tokenbroker.v1.StatusResponse.registrations:type_name -> tokenbroker.v1.StatusResponse.RegistrationsEntry
+	20, // 4: tokenbroker.v1.StatusResponse.registrations:type_name -> tokenbroker.v1.StatusResponse.RegistrationsEntry
 	5,  // 5: tokenbroker.v1.ListGrantsResponse.grants:type_name -> tokenbroker.v1.Grant
-	14, // 6: tokenbroker.v1.Grant.state:type_name -> tokenbroker.v1.GrantState
-	13, // 7: tokenbroker.v1.Grant.refreshed_at:type_name -> google.protobuf.Timestamp
-	13, // 8: tokenbroker.v1.Grant.expires_at:type_name -> google.protobuf.Timestamp
-	13, // 9: tokenbroker.v1.Grant.outstanding_until:type_name -> google.protobuf.Timestamp
-	8,  // 10: tokenbroker.v1.ListRegistrationsResponse.registrations:type_name -> tokenbroker.v1.Registration
-	11, // 11: tokenbroker.v1.DisconnectResponse.disconnected:type_name -> tokenbroker.v1.Disconnected
-	13, // 12: tokenbroker.v1.Disconnected.issuing_stopped_at:type_name -> google.protobuf.Timestamp
-	13, // 13: tokenbroker.v1.Disconnected.outstanding_until:type_name -> google.protobuf.Timestamp
-	0,  // 14: tokenbroker.v1.Admin.Status:input_type -> tokenbroker.v1.StatusRequest
-	3,  // 15: tokenbroker.v1.Admin.ListGrants:input_type -> tokenbroker.v1.ListGrantsRequest
-	6,  // 16: tokenbroker.v1.Admin.ListRegistrations:input_type -> tokenbroker.v1.ListRegistrationsRequest
-	9,  // 17: tokenbroker.v1.Admin.Disconnect:input_type -> tokenbroker.v1.DisconnectRequest
-	1,  // 18: tokenbroker.v1.Admin.Status:output_type -> tokenbroker.v1.StatusResponse
-	4,  // 19: tokenbroker.v1.Admin.ListGrants:output_type -> tokenbroker.v1.ListGrantsResponse
-	7,  // 20: tokenbroker.v1.Admin.ListRegistrations:output_type -> tokenbroker.v1.ListRegistrationsResponse
-	10, // 21: tokenbroker.v1.Admin.Disconnect:output_type -> tokenbroker.v1.DisconnectResponse
-	18, // [18:22] is the sub-list for method output_type
-	14, // [14:18] is the sub-list for method input_type
-	14, // [14:14] is the sub-list for extension type_name
-	14, // [14:14] is the sub-list for extension extendee
-	0,  // [0:14] is the sub-list for field type_name
+	22, // 6: tokenbroker.v1.Grant.state:type_name -> tokenbroker.v1.GrantState
+	21, // 7: tokenbroker.v1.Grant.refreshed_at:type_name -> google.protobuf.Timestamp
+	21, // 8: tokenbroker.v1.Grant.expires_at:type_name -> google.protobuf.Timestamp
+	21, // 9: tokenbroker.v1.Grant.outstanding_until:type_name -> google.protobuf.Timestamp
+	21, // 10: tokenbroker.v1.Grant.since:type_name -> google.protobuf.Timestamp
+	21, // 11: tokenbroker.v1.Grant.login_at:type_name -> google.protobuf.Timestamp
+	21, // 12: tokenbroker.v1.Grant.next_at:type_name -> google.protobuf.Timestamp
+	6,  // 13: tokenbroker.v1.Grant.lease:type_name -> tokenbroker.v1.Lease
+	21, // 14: tokenbroker.v1.Lease.until:type_name -> google.protobuf.Timestamp
+	9,  // 15: tokenbroker.v1.ListRegistrationsResponse.registrations:type_name -> tokenbroker.v1.Registration
+	12, // 16: tokenbroker.v1.DisconnectResponse.disconnected:type_name -> tokenbroker.v1.Disconnected
+	21, // 17: tokenbroker.v1.Disconnected.issuing_stopped_at:type_name -> google.protobuf.Timestamp
+	21, // 18: tokenbroker.v1.Disconnected.outstanding_until:type_name -> google.protobuf.Timestamp
+	21, // 19: tokenbroker.v1.ShowUserResponse.rebound_at:type_name -> google.protobuf.Timestamp
+	15, // 20: tokenbroker.v1.ShowUserResponse.accounts:type_name -> tokenbroker.v1.Account
+	9,  // 21: tokenbroker.v1.ShowUserResponse.registrations:type_name -> tokenbroker.v1.Registration
+	21, // 22: tokenbroker.v1.ShowUserResponse.outstanding_until:type_name -> google.protobuf.Timestamp
+	5,  // 23: tokenbroker.v1.Account.grant:type_name -> tokenbroker.v1.Grant
+	12, // 24: tokenbroker.v1.RebindResponse.ended:type_name -> tokenbroker.v1.Disconnected
+	23, // 25: tokenbroker.v1.ExplainResponse.refusal:type_name -> tokenbroker.v1.Refusal
+	5,  // 26: tokenbroker.v1.ExplainResponse.grant:type_name -> tokenbroker.v1.Grant
+	21, // 27: tokenbroker.v1.ExplainResponse.cached_until:type_name -> google.protobuf.Timestamp
+	21, // 28: tokenbroker.v1.ExplainResponse.outstanding_until:type_name -> google.protobuf.Timestamp
+	0,  // 29: tokenbroker.v1.Admin.Status:input_type -> tokenbroker.v1.StatusRequest
+	3,  // 30: tokenbroker.v1.Admin.ListGrants:input_type -> tokenbroker.v1.ListGrantsRequest
+	7,  // 31: tokenbroker.v1.Admin.ListRegistrations:input_type -> tokenbroker.v1.ListRegistrationsRequest
+	10, // 32: tokenbroker.v1.Admin.Disconnect:input_type -> tokenbroker.v1.DisconnectRequest
+	13, // 33: tokenbroker.v1.Admin.ShowUser:input_type -> tokenbroker.v1.ShowUserRequest
+	16, // 34: tokenbroker.v1.Admin.Rebind:input_type -> tokenbroker.v1.RebindRequest
+	18, // 35: tokenbroker.v1.Admin.Explain:input_type -> tokenbroker.v1.ExplainRequest
+	1,  // 36: tokenbroker.v1.Admin.Status:output_type -> tokenbroker.v1.StatusResponse
+	4,  // 37: tokenbroker.v1.Admin.ListGrants:output_type -> tokenbroker.v1.ListGrantsResponse
+	8,  // 38: tokenbroker.v1.Admin.ListRegistrations:output_type -> tokenbroker.v1.ListRegistrationsResponse
+	11, // 39: tokenbroker.v1.Admin.Disconnect:output_type -> tokenbroker.v1.DisconnectResponse
+	14, // 40: tokenbroker.v1.Admin.ShowUser:output_type -> tokenbroker.v1.ShowUserResponse
+	17, // 41: tokenbroker.v1.Admin.Rebind:output_type -> tokenbroker.v1.RebindResponse
+	19, // 42: tokenbroker.v1.Admin.Explain:output_type -> tokenbroker.v1.ExplainResponse
+	36, // [36:43] is the sub-list for method output_type
+	29, // [29:36] is the sub-list for method input_type
+	29, // [29:29] is the sub-list for extension type_name
+	29, // [29:29] is the sub-list for extension extendee
+	0,  // [0:29] is the sub-list for field type_name
 }
 
 func init() { file_tokenbroker_v1_admin_proto_init() }
@@ -1079,7 +2027,7 @@ func file_tokenbroker_v1_admin_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_tokenbroker_v1_admin_proto_rawDesc), len(file_tokenbroker_v1_admin_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   13,
+			NumMessages:   21,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -25,6 +25,9 @@ const (
 	Admin_ListGrants_FullMethodName        = "/tokenbroker.v1.Admin/ListGrants"
 	Admin_ListRegistrations_FullMethodName = "/tokenbroker.v1.Admin/ListRegistrations"
 	Admin_Disconnect_FullMethodName        = "/tokenbroker.v1.Admin/Disconnect"
+	Admin_ShowUser_FullMethodName          = "/tokenbroker.v1.Admin/ShowUser"
+	Admin_Rebind_FullMethodName            = "/tokenbroker.v1.Admin/Rebind"
+	Admin_Explain_FullMethodName           = "/tokenbroker.v1.Admin/Explain"
 )
 
 // AdminClient is the client API for Admin service.
@@ -43,6 +46,16 @@ type AdminClient interface {
 	// broker of the deployment issues a token for them from then on. Tokens
 	// already issued live until outstanding_until.
 	Disconnect(ctx context.Context, in *DisconnectRequest, opts ...grpc.CallOption) (*DisconnectResponse, error)
+	// ShowUser says who a hub's user is at each provider, and what he has.
+	ShowUser(ctx context.Context, in *ShowUserRequest, opts ...grpc.CallOption) (*ShowUserResponse, error)
+	// Rebind gives a user's name to another account at a provider. The grants of
+	// the account before are ended and belong to nobody. At the provider that the
+	// hub's users log in with this is another person: the user's grants at all
+	// providers end, and running servers get no tokens until they are started anew.
+	Rebind(ctx context.Context, in *RebindRequest, opts ...grpc.CallOption) (*RebindResponse, error)
+	// Explain says how a container's request would be answered now, and why. It
+	// asks no provider and issues nothing.
+	Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error)
 }
 
 type adminClient struct {
@@ -93,6 +106,36 @@ func (c *adminClient) Disconnect(ctx context.Context, in *DisconnectRequest, opt
 	return out, nil
 }
 
+func (c *adminClient) ShowUser(ctx context.Context, in *ShowUserRequest, opts ...grpc.CallOption) (*ShowUserResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ShowUserResponse)
+	err := c.cc.Invoke(ctx, Admin_ShowUser_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) Rebind(ctx context.Context, in *RebindRequest, opts ...grpc.CallOption) (*RebindResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(RebindResponse)
+	err := c.cc.Invoke(ctx, Admin_Rebind_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *adminClient) Explain(ctx context.Context, in *ExplainRequest, opts ...grpc.CallOption) (*ExplainResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ExplainResponse)
+	err := c.cc.Invoke(ctx, Admin_Explain_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 // AdminServer is the server API for Admin service.
 // All implementations must embed UnimplementedAdminServer
 // for forward compatibility.
@@ -109,6 +152,16 @@ type AdminServer interface {
 	// broker of the deployment issues a token for them from then on. Tokens
 	// already issued live until outstanding_until.
 	Disconnect(context.Context, *DisconnectRequest) (*DisconnectResponse, error)
+	// ShowUser says who a hub's user is at each provider, and what he has.
+	ShowUser(context.Context, *ShowUserRequest) (*ShowUserResponse, error)
+	// Rebind gives a user's name to another account at a provider. The grants of
+	// the account before are ended and belong to nobody. At the provider that the
+	// hub's users log in with this is another person: the user's grants at all
+	// providers end, and running servers get no tokens until they are started anew.
+	Rebind(context.Context, *RebindRequest) (*RebindResponse, error)
+	// Explain says how a container's request would be answered now, and why. It
+	// asks no provider and issues nothing.
+	Explain(context.Context, *ExplainRequest) (*ExplainResponse, error)
 	mustEmbedUnimplementedAdminServer()
 }
 
@@ -130,6 +183,15 @@ func (UnimplementedAdminServer) ListRegistrations(context.Context, *ListRegistra
 }
 func (UnimplementedAdminServer) Disconnect(context.Context, *DisconnectRequest) (*DisconnectResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Disconnect not implemented")
+}
+func (UnimplementedAdminServer) ShowUser(context.Context, *ShowUserRequest) (*ShowUserResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ShowUser not implemented")
+}
+func (UnimplementedAdminServer) Rebind(context.Context, *RebindRequest) (*RebindResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Rebind not implemented")
+}
+func (UnimplementedAdminServer) Explain(context.Context, *ExplainRequest) (*ExplainResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Explain not implemented")
 }
 func (UnimplementedAdminServer) mustEmbedUnimplementedAdminServer() {}
 func (UnimplementedAdminServer) testEmbeddedByValue()               {}
@@ -224,6 +286,60 @@ func _Admin_Disconnect_Handler(srv interface{}, ctx context.Context, dec func(in
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Admin_ShowUser_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ShowUserRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).ShowUser(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_ShowUser_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).ShowUser(ctx, req.(*ShowUserRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_Rebind_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(RebindRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Rebind(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Rebind_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Rebind(ctx, req.(*RebindRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Admin_Explain_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ExplainRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AdminServer).Explain(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Admin_Explain_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AdminServer).Explain(ctx, req.(*ExplainRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 // Admin_ServiceDesc is the grpc.ServiceDesc for Admin service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -246,6 +362,18 @@ var Admin_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Disconnect",
 			Handler:    _Admin_Disconnect_Handler,
+		},
+		{
+			MethodName: "ShowUser",
+			Handler:    _Admin_ShowUser_Handler,
+		},
+		{
+			MethodName: "Rebind",
+			Handler:    _Admin_Rebind_Handler,
+		},
+		{
+			MethodName: "Explain",
+			Handler:    _Admin_Explain_Handler,
 		},
 	},
 	Streams:  []grpc.StreamDesc{},
