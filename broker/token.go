@@ -117,7 +117,7 @@ func (b *Broker) once(ctx context.Context, p *Peer, want Want, e *Entry) (a answ
 	if a.view, err = b.match(ctx, p.Server.Hub, p.Server.User); err != nil {
 		return a, err
 	}
-	f := a.view.facts(p.Server, w, want.Provider)
+	f := a.view.facts(a.server, want.Provider)
 	g, err := a.view.grant(want.Provider)
 	if err != nil && offered(b.cfg.Rules, f, want.Provider) {
 		return a, err // before policy, which would miss the roles a login brings
@@ -305,7 +305,7 @@ func (b *Broker) providersOf(ctx context.Context, p *Peer, e *Entry) ([]Provider
 	}
 	var all []ProviderStatus
 	for _, id := range b.providerNames() {
-		f := v.facts(p.Server, s.workload, id)
+		f := v.facts(s, id)
 		if !offered(b.cfg.Rules, f, id) {
 			continue
 		}
