@@ -27,6 +27,7 @@ func check(c *Config, d *decoder, f files) {
 	k := checker{c, d, f}
 	k.names()
 	k.hubs()
+	k.logins()
 	k.servers()
 	k.store()
 	k.keys()
@@ -99,11 +100,16 @@ func (k checker) hubs() {
 			k.add(key+".socket", "needs a directory of its own, and %s is that of %s", dir, other)
 		}
 		dirs[dir] = key + ".socket"
-		k.provider(key+".login", h.Login)
 		if h.Listener != nil {
 			k.listener(key+".listener", h.Listener)
 			k.c.Hubs[name] = h
 		}
+	}
+}
+
+func (k checker) logins() {
+	for name, h := range k.c.Hubs {
+		k.provider("hubs."+string(name)+".login", h.Login)
 	}
 }
 
