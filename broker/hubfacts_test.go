@@ -106,11 +106,14 @@ func TestGroupsOfOneHubAreNotThoseOfAnother(t *testing.T) {
 func TestGroupsThatAreNoOthersChangeNothing(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.inGroups("alice", "a", "b")
-		before, lines := r.Status(context.Background()).Revision, len(r.audit.String())
+		before, lines, puts := r.Status(context.Background()).Revision, len(r.audit.String()), r.store.Calls("Put")
 		if ref := r.inGroups("alice", "b", "a", "b"); ref != "" {
 			t.Errorf("ref %q of what was not done", ref)
 		}
 		r.inGroups("bob")
+		if n := r.store.Calls("Put") - puts; n != 0 {
+			t.Errorf("%d records were written", n)
+		}
 		time.Sleep(time.Second)
 		if after := r.Status(context.Background()).Revision; after != before {
 			t.Errorf("the revision moved from %d to %d", before, after)
