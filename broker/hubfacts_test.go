@@ -320,3 +320,25 @@ func TestWhatALostGroupGaveIsRevoked(t *testing.T) {
 		r.revoked(token.Access.Fingerprint())
 	}, forGroup)
 }
+
+func TestTheHubSpeaksWhileAServersEndIsStored(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.running("alice", 100)
+		waits := true
+		r.store.Before(func(method string, k broker.Key) error {
+			if waits && method == "Get" && k.Kind == "registration" {
+				waits = false
+				r.shares("alice", true)
+			}
+			return nil
+		})
+		r.attestor.Stop("jupyter-alice")
+		synctest.Wait()
+		r.store.Before(nil)
+		r.Close()
+		r.start()
+		if got := r.Registrations()[0]; waits || got.State != broker.Stopped || !got.Shared {
+			t.Errorf("registration: %s, shared %v; want stopped and shared", got.State, got.Shared)
+		}
+	})
+}
