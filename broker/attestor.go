@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"os"
+	"slices"
 	"sync/atomic"
 	"time"
 )
@@ -38,6 +39,23 @@ type Attestor interface {
 	// Check says whether the engine can be asked. The string is the best level
 	// of attestation this host gives: pidfd+ns, pidfd, proc or uid.
 	Check(ctx context.Context) (level string, err error)
+}
+
+// levels of attestation, the weakest first: by the caller's uid, by its cgroups,
+// by these of a process that can't be mistaken, and by its namespaces, too.
+var levels = []string{"uid", "proc", "pidfd", "pidfd+ns"}
+
+// Levels are the levels of attestation, the weakest first.
+func Levels() []string { return slices.Clone(levels) }
+
+// reaches says whether level is need or better. No need is always met, and one
+// that is none of levels never.
+func reaches(level, need string) bool {
+	if need == "" {
+		return true
+	}
+	i := slices.Index(levels, need)
+	return i >= 0 && slices.Index(levels, level) >= i
 }
 
 // A Peer is the process at the other end of a connection, as the kernel named
@@ -76,7 +94,7 @@ type Workload struct {
 	// read them.
 	PIDNamespace, MountNamespace uint64
 
-	Level   string   // pidfd+ns, pidfd, proc or uid
+	Level   string   // one of Levels
 	Posture []string // weaknesses found that the configuration allows, by name
 
 	// Done is closed when the init process has ended. Nil: nobody watches.

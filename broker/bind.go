@@ -74,7 +74,7 @@ func (b *Broker) bind(ctx context.Context, k ServerKey) (*server, error) {
 	}
 	next := &server{Registration: s.Registration, workload: w}
 	next.State, next.Container, next.Level, next.Reason = Bound, w.Container, w.Level, ""
-	return next, b.nowBound(ctx, s, next)
+	return b.nowBound(ctx, next)
 }
 
 // onlyOne refuses a container that another server is bound to: then one of the
@@ -91,21 +91,27 @@ func (b *Broker) onlyOne(k ServerKey, w *Workload) error {
 }
 
 // nowBound records the bind, makes it known and waits for its end.
-func (b *Broker) nowBound(ctx context.Context, old, next *server) error {
-	next.Changed = b.pulse.now()
-	e := b.serverEntry("bind", next)
-	e.Posture = next.workload.Posture
+func (b *Broker) nowBound(ctx context.Context, bound *server) (*server, error) {
+	bound.Changed = b.pulse.now()
+	e := b.serverEntry("bind", bound)
+	e.Posture = bound.workload.Posture
 	if err := b.record(ctx, e, nil); err != nil {
-		return err
+		return nil, err
 	}
-	if !b.servers.replace(old, next) {
-		return Errorf(Pending, "the server was registered anew meanwhile")
+	next, ok := b.servers.change(bound.Key, func(now *server) bool {
+		again := now.Generation != bound.Generation
+		bound.Shared = now.Shared // the hub may have spoken meanwhile
+		*now = *bound
+		return !again
+	})
+	if !ok {
+		return nil, Errorf(Pending, "the server was registered anew meanwhile")
 	}
 	b.storeState(ctx, next)
 	if next.workload.Done != nil {
 		b.work.Go(func() { b.untilEnd(next) })
 	}
-	return nil
+	return next, nil
 }
 
 // notBound keeps why a server could not be bound, and records it once: a caller
@@ -143,7 +149,9 @@ func (b *Broker) storeState(ctx context.Context, s *server) {
 		if !exists || r.Generation != s.Generation {
 			return errKeep
 		}
+		shared := r.Shared // is the hub's to say, also at this moment
 		*r = s.Registration
+		r.Shared = shared
 		return nil
 	})
 	if err != nil {
@@ -159,9 +167,12 @@ func (b *Broker) untilEnd(s *server) {
 	case <-b.closing:
 		return
 	}
-	next := &server{Registration: s.Registration}
-	next.State, next.Changed = Stopped, b.pulse.now()
-	if !b.servers.replace(s, next) {
+	next, ok := b.servers.change(s.Key, func(now *server) bool {
+		same := now.workload == s.workload
+		now.workload, now.State, now.Changed = nil, Stopped, b.pulse.now()
+		return same
+	})
+	if !ok {
 		return
 	}
 	ctx := context.Background()

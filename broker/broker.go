@@ -141,6 +141,9 @@ func (b *Broker) check() error {
 		if _, err := b.provider(r.Provider); err != nil {
 			errs = append(errs, fmt.Errorf("broker: rule %d: %w", i+1, err))
 		}
+		if need := r.RequireAttestation; need != "" && !slices.Contains(levels, need) {
+			errs = append(errs, fmt.Errorf("broker: rule %d: there is no level of attestation %q; there are %s", i+1, need, list(levels)))
+		}
 	}
 	return errors.Join(errs...)
 }

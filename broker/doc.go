@@ -7,6 +7,7 @@
 //	login       login.go     Login → pending grant, handle; Claim → link, live grant
 //	spawn       registry.go  Register → directory, socket; Unregister
 //	            bind.go      Docker and the kernel confirm the container
+//	            hubfacts.go  the hub's groups, and who else may open a server
 //	token       token.go     attest, match, decide, cache, refresh, narrow, confirm, record
 //	            watch.go     the same again whenever something changes
 //	refresh     refresh.go   begin, send, settle: the write that can't be lost
@@ -53,18 +54,26 @@
 // an alarm and waits for the refreshes to say so. Which roles went and came is in
 // the audit, action roles.
 //
+// # Groups and sharing that change at the hub
+//
+// The hub says them at the start of a server and at each refresh of its user
+// (SetGroups, SetShared; five minutes, as it comes). From its word on a lost group
+// is refused by every broker within confirmLease, and a server that somebody else
+// may open gets no token from the next answer on, but by a rule with Shared.
+//
 // # What is kept, and where
 //
 //	where                key → value                             until                          wrong if
 //	memory, servers      server → registration, workload         Unregister; the workload ends  it outlives its socket
-//	memory, views        hub, user → linked grants               the revision moves; 30 s       it is used without its revision
+//	memory, views        hub, user → linked grants, groups       the revision moves; 30 s       it is used without its revision
 //	memory, tokens       grant, audience, scopes → access token  expiry; another epoch          it is used without the grant's epoch
 //	memory, pulse        revision and time of the store          250 ms; a note of a move       the host's clock is used instead
 //	disk, journal        grant → counters, newest sealed Grant   the store has it for sure      two processes write it
 //	memory, Peer         connection → workload it attested as    the workload is another        it is kept past its connection
 //	store, grant         hub, provider, sub → Grant              for ever                       it opens at another key
 //	store, handle        fingerprint → grant or pending login    400 days; pending: 10 minutes  a tombstone leaves it good
-//	store, link          hub, user → subject per provider        for ever                       another subject inherits it
+//	store, link          hub, user → subject per provider,       for ever                       another subject inherits it;
+//	                     groups at the hub                                                      they change without the revision
 //	store, registration  hub, host, user, server → Registration  Unregister                     another host acts on it
 //	store, token         as memory                               expiry                         as memory
 //	store, issued        hub, provider, sub → what was handed out  expiry of the last             a token leaves that is not in it

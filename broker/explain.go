@@ -108,6 +108,7 @@ func (b *Broker) imagined(ctx context.Context, x *Explanation) *server {
 	x.Assumed = []string{
 		fmt.Sprintf("the %s %s on %s; it is taken for one that is started now", x.Server, why, b.cfg.Host),
 		"image: unknown, so rules that name images do not apply",
+		"shared: no",
 		fmt.Sprintf("attestation: %s, the best of this host", cmp.Or(w.Level, "unknown")),
 	}
 	return &server{Registration: Registration{Key: x.Server, Host: b.cfg.Host, Generation: later(0, b.pulse.now())}, workload: w}
@@ -115,7 +116,7 @@ func (b *Broker) imagined(ctx context.Context, x *Explanation) *server {
 
 // wouldAnswer walks the line for s and returns what would refuse the request.
 func (b *Broker) wouldAnswer(ctx context.Context, x *Explanation, v *view, s *server) (refusal, err error) {
-	f := v.facts(x.Server, s.workload, x.Want.Provider)
+	f := v.facts(s, x.Want.Provider)
 	g, d, refusal := b.decide(v, f, x.Want)
 	x.decided(b.cfg.Rules, f, d)
 	if g.Key != (GrantKey{}) {
@@ -200,13 +201,19 @@ func (r *Rule) String() string {
 		values []string
 	}{
 		{"hubs", texts(r.Hubs)}, {"users", texts(r.Users)}, {"servers", texts(r.Servers)}, {"images", r.Images}, {"roles", r.Roles},
-		{"audiences", r.Audiences}, {"scopes", r.Scopes},
+		{"groups", r.Groups}, {"audiences", r.Audiences}, {"scopes", r.Scopes},
 	} {
 		if len(l.values) > 0 {
 			add(l.name, "["+strings.Join(quoted(l.values), ", ")+"]")
 		}
 	}
 	add("provider", string(r.Provider))
+	if r.Shared {
+		add("shared", "true")
+	}
+	if r.RequireAttestation != "" {
+		add("require_attestation", r.RequireAttestation)
+	}
 	if r.MaxTTL > 0 {
 		add("max_ttl", r.MaxTTL.String())
 	}

@@ -8,10 +8,12 @@ import (
 	"time"
 )
 
-// A view is what the store says of one hub's user, as of one revision: the
-// grants that are linked to him, without their refresh tokens. Immutable.
+// A view is what the store says of one hub's user, as of one revision: his
+// groups there, and the grants that are linked to him, without their refresh
+// tokens. Immutable.
 type view struct {
 	user     UserID
+	groups   []string
 	revision int64
 	read     time.Time // by our monotonic clock
 	grants   map[ProviderID]Grant
@@ -90,7 +92,7 @@ func (b *Broker) look(ctx context.Context, k userKey, revision int64) (*view, er
 	if err != nil {
 		return nil, err
 	}
-	v.rebound = l.ReboundAt
+	v.rebound, v.groups = l.ReboundAt, l.Groups
 	for p, sub := range l.Subs {
 		g, err := b.loadGrant(ctx, GrantKey{k.hub, p, sub})
 		switch {
@@ -133,12 +135,15 @@ func (v *view) state(p ProviderID) GrantState {
 	return NoGrant
 }
 
-// facts joins the roles of all of the user's grants: a rule may want a role of
-// one provider for a token of another. Roles of a grant that has ended count
-// only where the token would come from that grant, so that the answer is that it
-// has ended.
-func (v *view) facts(s ServerKey, w *Workload, wanted ProviderID) Facts {
-	f := Facts{Server: s, Image: w.Image}
+// facts is what policy decides on; nothing else makes Facts. It joins the roles
+// of all of the user's grants: a rule may want a role of one provider for a token
+// of another. Roles of a grant that has ended count only where the token would
+// come from that grant, so that the answer is that it has ended.
+func (v *view) facts(s *server, wanted ProviderID) Facts {
+	f := Facts{Server: s.Key, Groups: v.groups, Shared: s.Shared}
+	if s.workload != nil {
+		f.Image, f.Level = s.workload.Image, s.workload.Level
+	}
 	for p, g := range v.grants {
 		if g.State == Live || p == wanted {
 			f.Roles = append(f.Roles, g.Roles...)
@@ -150,14 +155,16 @@ func (v *view) facts(s ServerKey, w *Workload, wanted ProviderID) Facts {
 
 // mayHave says whether any rule gives v's user want on some server of his.
 func (v *view) mayHave(rules []Rule, hub HubID, want Want) bool {
-	roles := v.facts(ServerKey{}, &Workload{}, want.Provider).Roles
-	return slices.ContainsFunc(rules, func(r Rule) bool { return r.couldGive(hub, v.user, roles, want) })
+	f := v.facts(&server{Registration: Registration{Key: ServerKey{Hub: hub, User: v.user}}}, want.Provider)
+	return slices.ContainsFunc(rules, func(r Rule) bool { return r.couldGive(f, want) })
 }
 
 // A linkRecord says which subject a hub's user is at each provider. A subject
-// that was linked once stays, also when its grant ends.
+// that was linked once stays, also when its grant ends. It also keeps the groups
+// that the hub has last said he is in.
 type linkRecord struct {
-	Subs map[ProviderID]string
+	Subs   map[ProviderID]string
+	Groups []string `json:",omitempty"` // sorted
 	// ReboundAt is when the name was last given to another person; zero: never.
 	ReboundAt time.Time
 }

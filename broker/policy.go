@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"strings"
@@ -20,6 +21,14 @@ type Rule struct {
 	// A value with a slash, unless that is its first character, needs its claim:
 	// a group called roles/admin must not pass for the role admin.
 	Roles []string
+	// Groups are the user's groups at his hub: for a site that keeps its roles
+	// there. They are no roles of a provider and satisfy only this. Where several
+	// hubs are served, Hubs says whose.
+	Groups []string
+	// Shared gives tokens also while somebody else may open the server.
+	Shared bool
+	// RequireAttestation is the least of Levels that will do; empty: any.
+	RequireAttestation string
 
 	// What.
 	Provider  ProviderID
@@ -36,6 +45,9 @@ type Facts struct {
 	Server ServerKey
 	Image  string
 	Roles  []string // canonical, provider:claim/value
+	Groups []string // at the hub
+	Shared bool     // somebody else may open the server
+	Level  string   // of attestation
 }
 
 // A Decision is policy's answer: the most that the token may be.
@@ -52,16 +64,17 @@ type Decision struct {
 // Invalid for a request without an audience where the rule has several; of the
 // decision only Rule is set then, if it is one rule that refuses.
 func Decide(rules []Rule, f Facts, want Want) (Decision, error) {
-	var missing *Rule
-	var by int // missing, counted from 1
+	var near *Rule // lacks the fewest conditions
+	var by int     // near, counted from 1
+	var lacks []lack
 	for i := range rules {
 		r := &rules[i]
 		if !r.meets(f) || !r.covers(want) {
 			continue
 		}
-		if !r.hasRole(f.Roles) {
-			if missing == nil {
-				missing, by = r, i+1
+		if l := r.lacks(f); len(l) > 0 {
+			if near == nil || len(l) < len(lacks) {
+				near, by, lacks = r, i+1, l
 			}
 			continue
 		}
@@ -81,10 +94,11 @@ func Decide(rules []Rule, f Facts, want Want) (Decision, error) {
 			Unverified: r.Unverified,
 		}, nil
 	}
-	return Decision{Rule: by}, refusal(missing, f, want)
+	return Decision{Rule: by}, refusal(near, lacks, f, want)
 }
 
-// meets is every condition of who but the role.
+// meets is what a server is or is not: the conditions that nothing done for its
+// user would change. The others are in lacks.
 func (r *Rule) meets(f Facts) bool {
 	return oneOf(r.Hubs, f.Server.Hub) && oneOf(r.Users, f.Server.User) &&
 		oneOf(r.Servers, f.Server.Server) &&
@@ -101,6 +115,10 @@ func (r *Rule) hasRole(roles []string) bool {
 	return len(r.Roles) == 0 || slices.ContainsFunc(r.Roles, func(want string) bool {
 		return slices.ContainsFunc(roles, func(have string) bool { return r.names(want, have) })
 	})
+}
+
+func (r *Rule) hasGroup(groups []string) bool {
+	return len(r.Groups) == 0 || slices.ContainsFunc(r.Groups, func(g string) bool { return slices.Contains(groups, g) })
 }
 
 // names says whether want, as written in the rule, means the canonical role have.
@@ -126,8 +144,49 @@ func (r *Rule) audience(want string) (string, error) {
 	return "", nil
 }
 
-// refusal says what would have to be different.
-func refusal(r *Rule, f Facts, want Want) error {
+// A lack is a condition of a rule that does not hold but could, as what a user
+// is told of it; what is the token that he asked for.
+type lack func(r *Rule, f Facts, what string) *Error
+
+// lacks are the conditions that r finds wanting in f, in the order in which they
+// are worth being told: no longer sharing a server does not help who has no role.
+func (r *Rule) lacks(f Facts) (all []lack) {
+	if !r.hasRole(f.Roles) {
+		all = append(all, noRole)
+	}
+	if !r.hasGroup(f.Groups) {
+		all = append(all, noGroup)
+	}
+	if !reaches(f.Level, r.RequireAttestation) {
+		all = append(all, lowLevel)
+	}
+	if f.Shared && !r.Shared {
+		all = append(all, isShared)
+	}
+	return all
+}
+
+func noRole(r *Rule, f Facts, what string) *Error {
+	return Errorf(Denied, "%s needs one of the roles %s; you have %s", what, list(r.Roles), list(ownRoles(r.Provider, f.Roles)))
+}
+
+func noGroup(r *Rule, f Facts, what string) *Error {
+	return Errorf(Denied, "%s needs one of the hub's groups %s; you are in %s", what, list(r.Groups), list(sorted(f.Groups)))
+}
+
+func lowLevel(r *Rule, f Facts, what string) *Error {
+	return Errorf(Denied, "%s needs attestation %s or better; this server has %s", what, r.RequireAttestation, cmp.Or(f.Level, "none")).
+		Hint("ask {contact}: the host of this server must prove more about who calls")
+}
+
+func isShared(*Rule, Facts, string) *Error {
+	return Errorf(Denied, "tokens are off while this server is shared").
+		Hint("end the sharing at the hub, which tells us within minutes, or ask {contact}: a rule may allow it")
+}
+
+// refusal says what would have to be different: of the rule that lacks the
+// fewest conditions, the first of these.
+func refusal(near *Rule, lacks []lack, f Facts, want Want) error {
 	what := fmt.Sprintf("a token for %s", want.Provider)
 	if want.Audience != "" {
 		what += fmt.Sprintf(" with audience %q", want.Audience)
@@ -135,10 +194,10 @@ func refusal(r *Rule, f Facts, want Want) error {
 	if len(want.Scopes) > 0 {
 		what += " with scopes " + list(want.Scopes)
 	}
-	if r == nil {
+	if near == nil {
 		return Errorf(Denied, "no rule gives you %s here", what)
 	}
-	return Errorf(Denied, "%s needs one of the roles %s; you have %s", what, list(r.Roles), list(ownRoles(r.Provider, f.Roles)))
+	return lacks[0](near, f, what)
 }
 
 // ownRoles shortens the roles of provider to how rules and people write them.
@@ -226,7 +285,7 @@ func (d *Decision) holdsAudience(info ProviderInfo, t *cachedToken) error {
 	return nil
 }
 
-// offered says whether any rule is about f at provider, whatever its roles.
+// offered says whether any rule is about f at provider, whatever f lacks.
 func offered(rules []Rule, f Facts, provider ProviderID) bool {
 	return slices.ContainsFunc(rules, func(r Rule) bool { return r.Provider == provider && r.meets(f) })
 }
@@ -235,7 +294,7 @@ func offered(rules []Rule, f Facts, provider ProviderID) bool {
 func offers(rules []Rule, f Facts, provider ProviderID) (audiences, scopes []string) {
 	for i := range rules {
 		r := &rules[i]
-		if r.Provider == provider && r.meets(f) && r.hasRole(f.Roles) {
+		if r.Provider == provider && r.meets(f) && len(r.lacks(f)) == 0 {
 			audiences = append(audiences, r.Audiences...)
 			scopes = append(scopes, r.Scopes...)
 		}
@@ -243,9 +302,38 @@ func offers(rules []Rule, f Facts, provider ProviderID) (audiences, scopes []str
 	return sorted(audiences), sorted(scopes)
 }
 
-// couldGive says whether r gives user want on some server of his.
-func (r *Rule) couldGive(hub HubID, user UserID, roles []string, want Want) bool {
-	return oneOf(r.Hubs, hub) && oneOf(r.Users, user) && r.covers(want) && r.hasRole(roles)
+// couldGive says whether r gives f's user want on some server of his.
+func (r *Rule) couldGive(f Facts, want Want) bool {
+	return oneOf(r.Hubs, f.Server.Hub) && oneOf(r.Users, f.Server.User) && r.covers(want) &&
+		r.hasRole(f.Roles) && r.hasGroup(f.Groups)
+}
+
+// Covers says whether r, standing before other, leaves it nothing: whatever
+// other would answer, r answers. False where that can't be told.
+func (r *Rule) Covers(other *Rule) bool {
+	return r.Provider == other.Provider &&
+		wider(r.Hubs, other.Hubs, same) && wider(r.Users, other.Users, same) && wider(r.Servers, other.Servers, same) &&
+		wider(r.Images, other.Images, glob) && // also of a pattern: its stars lie in ours
+		wider(r.Roles, other.Roles, r.namesAll) && wider(r.Groups, other.Groups, same) &&
+		(r.Shared || !other.Shared) && reaches(other.RequireAttestation, r.RequireAttestation) &&
+		subset(other.Audiences, r.Audiences) && subset(other.Scopes, r.Scopes)
+}
+
+// wider says whether ours lets through what theirs does: everything if it is
+// empty, else for each of theirs there is one of ours that covers it.
+func wider[T any](ours, theirs []T, covers func(our, their T) bool) bool {
+	return len(ours) == 0 || len(theirs) > 0 && !slices.ContainsFunc(theirs, func(t T) bool {
+		return !slices.ContainsFunc(ours, func(o T) bool { return covers(o, t) })
+	})
+}
+
+func same[T comparable](a, b T) bool { return a == b }
+
+// namesAll says whether the role our names all that their does; both are as
+// written in a rule of r's provider.
+func (r *Rule) namesAll(our, their string) bool {
+	claim, value, ok := strings.Cut(strings.TrimPrefix(their, string(r.Provider)+":"), "/")
+	return our == their || strings.Index(our, "/") <= 0 && ok && claim != "" && !strings.Contains(claim, ":") && our == value
 }
 
 // glob matches s against a pattern in which * stands for any text.

@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"pgregory.net/rapid"
 
 	"tokenbroker/broker"
 )
@@ -78,6 +80,157 @@ func TestDecide(t *testing.T) {
 		if diff := cmp.Diff(tt.got, d.Target); diff != "" {
 			t.Errorf("%s: %s", tt.why, diff)
 		}
+	}
+}
+
+// TestNearestLack holds what a refusal names: of the rules that are about the
+// server and the request, the one that lacks the fewest conditions, and of these
+// the first of role, group, level and sharing.
+func TestNearestLack(t *testing.T) {
+	shared := broker.Facts{Roles: []string{"kc:roles/student"}, Groups: []string{"staff", "all"}, Shared: true, Level: "proc"}
+	private := shared
+	private.Shared = false
+	const (
+		role  = "a token for kc needs one of the roles researcher; you have student"
+		group = "a token for kc needs one of the hub's groups lab, physics; you are in all, staff"
+		level = "a token for kc needs attestation pidfd+ns or better; this server has proc"
+		off   = "tokens are off while this server is shared"
+	)
+	open := func(r broker.Rule) broker.Rule { r.Provider, r.Shared = "kc", true; return r }
+	student := open(broker.Rule{Roles: []string{"student"}})
+	researcher := open(broker.Rule{Roles: []string{"researcher"}})
+	lab := open(broker.Rule{Groups: []string{"lab", "physics"}})
+	strict := open(broker.Rule{RequireAttestation: "pidfd+ns"})
+	all := open(broker.Rule{Roles: []string{"researcher"}, Groups: []string{"lab"}, RequireAttestation: "pidfd"})
+	all.Shared = false
+	for _, tt := range []struct {
+		why   string
+		facts broker.Facts
+		rules []broker.Rule
+		want  string // empty: allowed
+	}{
+		{"shared, and the rule allows it", shared, []broker.Rule{student}, ""},
+		{"shared, and it does not", shared, []broker.Rule{{Provider: "kc"}}, off},
+		{"not shared", private, []broker.Rule{{Provider: "kc"}}, ""},
+		{"any of the groups", shared, []broker.Rule{open(broker.Rule{Groups: []string{"lab", "staff"}})}, ""},
+		{"a group is no role", shared, []broker.Rule{open(broker.Rule{Roles: []string{"staff"}})}, "a token for kc needs one of the roles staff; you have student"},
+		{"a role is no group", shared, []broker.Rule{open(broker.Rule{Groups: []string{"student"}})}, "a token for kc needs one of the hub's groups student; you are in all, staff"},
+		{"no group", shared, []broker.Rule{lab}, group},
+		{"the level that is there", shared, []broker.Rule{open(broker.Rule{RequireAttestation: "proc"})}, ""},
+		{"less than is there", shared, []broker.Rule{open(broker.Rule{RequireAttestation: "uid"})}, ""},
+		{"a higher level", shared, []broker.Rule{strict}, level},
+		{"a level that is none", shared, []broker.Rule{open(broker.Rule{RequireAttestation: "magic"})}, "a token for kc needs attestation magic or better; this server has proc"},
+		{"no level at all", broker.Facts{}, []broker.Rule{open(broker.Rule{RequireAttestation: "uid"})}, "a token for kc needs attestation uid or better; this server has none"},
+		{"the role is said first", shared, []broker.Rule{all}, role},
+		{"the first of those that lack as much", shared, []broker.Rule{lab, researcher}, group},
+		{"one that lacks less", shared, []broker.Rule{all, strict}, level},
+		{"one that is not about this server", shared, []broker.Rule{{Provider: "kc", Shared: true, Users: []broker.UserID{"bob"}}, researcher}, role},
+		{"one that lacks nothing comes late", shared, []broker.Rule{all, strict, student}, ""},
+	} {
+		_, err := broker.Decide(tt.rules, tt.facts, broker.Want{Provider: "kc"})
+		var said *broker.Error
+		got := ""
+		if errors.As(err, &said) {
+			got = said.Sentence
+			if said.Code != broker.Denied || said.Next == "" {
+				t.Errorf("%s: code %s, next step %q", tt.why, said.Code, said.Next)
+			}
+		}
+		if got != tt.want {
+			t.Errorf("%s: said %q, want %q", tt.why, got, tt.want)
+		}
+	}
+}
+
+func TestRulesThatCoverOthers(t *testing.T) {
+	rule := func(edit func(*broker.Rule)) broker.Rule {
+		r := broker.Rule{Provider: "kc", Roles: []string{"a"}, Audiences: []string{"x"}, Scopes: []string{"s"}}
+		edit(&r)
+		return r
+	}
+	base := rule(func(*broker.Rule) {})
+	for _, tt := range []struct {
+		why          string
+		first, later broker.Rule
+		want         bool
+	}{
+		{"the same", base, base, true},
+		{"everybody before some", rule(func(r *broker.Rule) { r.Roles = nil }), base, true},
+		{"some before everybody", base, rule(func(r *broker.Rule) { r.Roles = nil }), false},
+		{"fewer roles later", rule(func(r *broker.Rule) { r.Roles = []string{"b", "a"} }), base, true},
+		{"other roles later", base, rule(func(r *broker.Rule) { r.Roles = []string{"a", "b"} }), false},
+		{"the role of one claim later", base, rule(func(r *broker.Rule) { r.Roles = []string{"kc:roles/a", "groups/a"} }), true},
+		{"the role of any claim later", rule(func(r *broker.Rule) { r.Roles = []string{"groups/a"} }), base, false},
+		{"another provider's role later", base, rule(func(r *broker.Rule) { r.Roles = []string{"gl:groups/a"} }), false},
+		{"another provider", base, rule(func(r *broker.Rule) { r.Provider = "gl" }), false},
+		{"more audiences later", base, rule(func(r *broker.Rule) { r.Audiences = []string{"x", "y"} }), false},
+		{"fewer audiences later", base, rule(func(r *broker.Rule) { r.Audiences = nil }), true},
+		{"more scopes later", base, rule(func(r *broker.Rule) { r.Scopes = []string{"s", "t"} }), false},
+		{"a longer life later is never given", rule(func(r *broker.Rule) { r.MaxTTL = time.Minute }), base, true},
+		{"also while shared later", base, rule(func(r *broker.Rule) { r.Shared = true }), false},
+		{"also while shared before", rule(func(r *broker.Rule) { r.Shared = true }), base, true},
+		{"a level before", rule(func(r *broker.Rule) { r.RequireAttestation = "proc" }), base, false},
+		{"a level later", base, rule(func(r *broker.Rule) { r.RequireAttestation = "proc" }), true},
+		{"a lower level before", rule(func(r *broker.Rule) { r.RequireAttestation = "proc" }), rule(func(r *broker.Rule) { r.RequireAttestation = "pidfd" }), true},
+		{"a group before", rule(func(r *broker.Rule) { r.Groups = []string{"g"} }), base, false},
+		{"an image of a pattern", rule(func(r *broker.Rule) { r.Images = []string{"lab/*"} }), rule(func(r *broker.Rule) { r.Images = []string{"lab/a", "lab/b:*"} }), true},
+		{"a pattern after an image", rule(func(r *broker.Rule) { r.Images = []string{"lab/a"} }), rule(func(r *broker.Rule) { r.Images = []string{"lab/*"} }), false},
+	} {
+		if got := tt.first.Covers(&tt.later); got != tt.want {
+			t.Errorf("%s: covers %v, want %v", tt.why, got, tt.want)
+		}
+	}
+}
+
+// Whatever the rules: one that another covers is never the one that answers.
+func TestACoveredRuleNeverAnswers(t *testing.T) {
+	some := func(names ...string) *rapid.Generator[[]string] {
+		return rapid.SliceOfNDistinct(rapid.SampledFrom(names), 0, 2, rapid.ID[string])
+	}
+	rules := rapid.Custom(func(t *rapid.T) broker.Rule {
+		return broker.Rule{
+			Provider: broker.ProviderID(rapid.SampledFrom([]string{"p", "q"}).Draw(t, "provider")),
+			Users:    rapid.SliceOfN(rapid.SampledFrom([]broker.UserID{"u", "v"}), 0, 1).Draw(t, "users"),
+			Images:   some("*", "a*", "*b", "a*b", "ab", "aab", "a*a*b").Draw(t, "images"),
+			Roles:    some("x", "c/x", "p:c/x", "q:c/x", "d/x/y", "/x", "c//x", "x/y", "p:d/x/y", "p:x").Draw(t, "roles"),
+			Groups:   some("g", "h").Draw(t, "groups"), Shared: rapid.Bool().Draw(t, "shared"),
+			RequireAttestation: rapid.SampledFrom(append(broker.Levels(), "")).Draw(t, "level"),
+			Audiences:          some("m", "n").Draw(t, "audiences"), Scopes: some("s", "t").Draw(t, "scopes"),
+		}
+	})
+	covered := 0
+	rapid.Check(t, func(t *rapid.T) {
+		// Two rules that differ in two fields or so: others rarely cover each other.
+		first, later := rules.Draw(t, "first"), rules.Draw(t, "later")
+		a, b := reflect.ValueOf(&first).Elem(), reflect.ValueOf(&later).Elem()
+		for i := range a.NumField() {
+			if rapid.IntRange(0, 4).Draw(t, "same") != 0 {
+				b.Field(i).Set(a.Field(i))
+			}
+		}
+		if !first.Covers(&later) {
+			return
+		}
+		covered++
+		for range 20 {
+			f := broker.Facts{
+				Server: broker.ServerKey{User: rapid.SampledFrom([]broker.UserID{"u", "v", "w"}).Draw(t, "user")},
+				Image:  rapid.StringOfN(rapid.RuneFrom([]rune("ab")), 0, 5, -1).Draw(t, "image"),
+				Roles:  some("p:c/x", "q:c/x", "p:d/x/y", "p:c//x", "p:x/y", "p:e/x", "p:p:c/x", "q:p:c/x", "p:d/p:x").Draw(t, "has"),
+				Groups: some("g", "h").Draw(t, "in"), Shared: rapid.Bool().Draw(t, "is shared"),
+				Level: rapid.SampledFrom(broker.Levels()).Draw(t, "has level"),
+			}
+			want := broker.Want{Provider: later.Provider, Scopes: rapid.SampledFrom([][]string{nil, later.Scopes}).Draw(t, "wanted scopes")}
+			if len(later.Audiences) > 0 {
+				want.Audience = rapid.SampledFrom([]string{"", later.Audiences[0]}).Draw(t, "wanted audience")
+			}
+			if d, err := broker.Decide([]broker.Rule{first, later}, f, want); err == nil && d.Rule == 2 {
+				t.Fatalf("%+v is covered by %+v, and answers %+v, %+v", later, first, f, want)
+			}
+		}
+	})
+	if covered == 0 {
+		t.Error("no rule covered another: nothing was tested")
 	}
 }
 

@@ -357,23 +357,25 @@ func (s *sight) stormy() bool {
 
 // recordRoles writes down which roles a grant lost and gained, and what showed it.
 func (b *Broker) recordRoles(ctx context.Context, was, is Grant, cause string) {
-	var gone, gained []string
-	for _, r := range was.Roles {
-		if !slices.Contains(is.Roles, r) {
-			gone = append(gone, r)
-		}
-	}
-	for _, r := range is.Roles {
-		if !slices.Contains(was.Roles, r) {
-			gained = append(gained, r)
-		}
-	}
-	if len(gone)+len(gained) == 0 {
+	what := changes(was.Roles, is.Roles)
+	if what == "" {
 		return
 	}
 	e := b.entry("roles", nil)
 	e.Hub, e.User, e.Provider, e.Sub, e.Epoch = is.Key.Hub, is.User, is.Key.Provider, is.Key.Sub, is.Epoch
-	e.Reason = "gone: " + strings.Join(gone, " ") + "; gained: " + strings.Join(gained, " ") + "; seen by: " + cause
+	e.Reason = what + "; seen by: " + cause
 	// The rights have changed all the same; record logs that it can't be written.
 	_ = b.record(ctx, e, nil)
+}
+
+// changes says which names came and went; nothing if none did.
+func changes(was, is []string) string {
+	without := func(some, others []string) []string {
+		return slices.DeleteFunc(slices.Clone(some), func(s string) bool { return slices.Contains(others, s) })
+	}
+	gone, gained := without(was, is), without(is, was)
+	if len(gone)+len(gained) == 0 {
+		return ""
+	}
+	return "gone: " + strings.Join(gone, " ") + "; gained: " + strings.Join(gained, " ")
 }

@@ -24,11 +24,11 @@ type Registration struct {
 	ContainerName string
 	// UID is who the server runs as; for process attestation. Nil: not said.
 	UID       *uint32
-	Groups    []string // the user's groups at the hub
-	Directory string   // on this host, stable for the server
-	Container string   // full ID of the container last bound
-	Level     string   // of attestation, once bound
-	Reason    string   // why it is not bound, if something said so
+	Shared    bool   // the hub says that somebody else may open the server
+	Directory string // on this host, stable for the server
+	Container string // full ID of the container last bound
+	Level     string // of attestation, once bound
+	Reason    string // why it is not bound, if something said so
 	Changed   time.Time
 }
 
@@ -48,7 +48,8 @@ type RegisterRequest struct {
 	ContainerName string
 	Provider      ProviderID // with Handle; empty: the hub's login provider
 	Handle        Secret     // may be empty
-	Groups        []string
+	Groups        []string   // the user's at the hub
+	Shared        bool       // somebody else may open the server
 	RequireGrant  bool
 	UID           *uint32
 }
@@ -94,6 +95,23 @@ func (r *servers) replace(old, s *server) bool {
 	}
 	r.all[s.Key] = s
 	return true
+}
+
+// change puts an edited copy in the place of the server at k, and returns it. It
+// reports false, and does nothing, if there is none or edit says so.
+func (r *servers) change(k ServerKey, edit func(*server) bool) (*server, bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := r.all[k]
+	if now == nil {
+		return nil, false
+	}
+	next := *now
+	if !edit(&next) {
+		return nil, false
+	}
+	r.all[k] = &next
+	return &next, true
 }
 
 func (r *servers) put(s *server) {
@@ -180,6 +198,9 @@ func (b *Broker) register(ctx context.Context, hub HubID, r RegisterRequest) (Re
 	if err != nil {
 		return Registered{}, err
 	}
+	if _, err := b.SetGroups(ctx, hub, r.User, r.Groups); err != nil {
+		return Registered{}, err
+	}
 	s, err := b.reserve(ctx, k, r, directory)
 	if err != nil {
 		return Registered{}, err
@@ -254,7 +275,7 @@ func (b *Broker) reserve(ctx context.Context, k ServerKey, r RegisterRequest, di
 	reg, err := b.changeRegistration(ctx, k, func(reg *Registration, _ bool) error {
 		*reg = Registration{
 			Key: k, Host: b.cfg.Host, Generation: later(reg.Generation, b.pulse.now()), State: Reserved,
-			ContainerName: r.ContainerName, UID: r.UID, Groups: r.Groups, Directory: directory,
+			ContainerName: r.ContainerName, UID: r.UID, Shared: r.Shared, Directory: directory,
 			Container: reg.Container, Changed: b.pulse.now(),
 		}
 		return nil

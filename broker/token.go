@@ -120,7 +120,7 @@ func (b *Broker) once(ctx context.Context, p *Peer, want Want, e *Entry) (a answ
 	if err := a.view.admits(&a.server.Registration); err != nil {
 		return a, err
 	}
-	g, d, err := b.decide(a.view, a.view.facts(p.Server, w, want.Provider), want)
+	g, d, err := b.decide(a.view, a.view.facts(a.server, want.Provider), want)
 	if err != nil {
 		return a, err
 	}
@@ -319,7 +319,7 @@ func (b *Broker) providersOf(ctx context.Context, p *Peer, e *Entry) ([]Provider
 	}
 	var all []ProviderStatus
 	for _, id := range b.providerNames() {
-		f := v.facts(p.Server, s.workload, id)
+		f := v.facts(s, id)
 		if !offered(b.cfg.Rules, f, id) {
 			continue
 		}

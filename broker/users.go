@@ -58,7 +58,7 @@ func (b *Broker) userReport(ctx context.Context, hub HubID, user UserID) (u User
 	if len(l.Subs)+len(servers) == 0 {
 		return u, Errorf(Invalid, "user: hub %s has no user %q with an account or a server here", hub, user).Hint("tokenbroker sessions list shows who has")
 	}
-	u.Rebound, u.Groups = l.ReboundAt, groupsOf(servers)
+	u.Rebound, u.Groups = l.ReboundAt, l.Groups
 	for _, s := range servers {
 		u.Servers = append(u.Servers, s.Registration)
 	}
@@ -83,18 +83,6 @@ func (b *Broker) account(ctx context.Context, k userKey, p ProviderID, sub strin
 		a.Grant = &r
 	}
 	return a, unlessAbsent(err)
-}
-
-// groupsOf are the groups that the hub named when it last registered a server of
-// the user.
-func groupsOf(servers []seenServer) []string {
-	var newest seenServer
-	for _, s := range servers {
-		if s.Generation > newest.Generation {
-			newest = s
-		}
-	}
-	return sorted(newest.Groups)
 }
 
 // A Rebinding is what has changed with a rebind.
@@ -218,7 +206,7 @@ func (b *Broker) checkRebind(ctx context.Context, k userKey, provider ProviderID
 func (b *Broker) relink(ctx context.Context, k userKey, leaving map[ProviderID]string, provider ProviderID, sub string) error {
 	_, err := update(ctx, &b.vault, k.record(), forever[linkRecord], func(l *linkRecord, _ bool) error {
 		if len(leaving) > 0 && provider == b.cfg.Hubs[k.hub].Login {
-			l.ReboundAt = b.pulse.now()
+			l.ReboundAt, l.Groups = b.pulse.now(), nil // nor are the other's groups his
 		}
 		for p, was := range leaving {
 			if l.Subs[p] == was {

@@ -111,6 +111,8 @@ var actions = map[string]string{
 	"CheckSession":      "session",
 	"Register":          "register",
 	"Unregister":        "unregister",
+	"SetGroups":         "groups",
+	"SetShared":         "shared",
 	"Status":            "status",
 	"ListGrants":        "grants",
 	"ListRegistrations": "registrations",

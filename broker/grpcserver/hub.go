@@ -58,6 +58,7 @@ func (h hub) Register(ctx context.Context, r *pb.RegisterRequest) (*pb.RegisterR
 		Provider:      broker.ProviderID(r.Provider),
 		Handle:        broker.NewSecret(r.Handle),
 		Groups:        r.Groups,
+		Shared:        r.Shared,
 		RequireGrant:  r.RequireGrant,
 		UID:           r.Uid,
 	})
@@ -79,4 +80,20 @@ func (h hub) Unregister(ctx context.Context, r *pb.UnregisterRequest) (*pb.Unreg
 		return nil, err
 	}
 	return &pb.UnregisterResponse{Ref: ref}, nil
+}
+
+func (h hub) SetGroups(ctx context.Context, r *pb.SetGroupsRequest) (*pb.SetGroupsResponse, error) {
+	ref, err := h.b.SetGroups(ctx, peerOf(ctx).Hub, broker.UserID(r.User), r.Groups)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.SetGroupsResponse{Ref: ref}, nil
+}
+
+func (h hub) SetShared(ctx context.Context, r *pb.SetSharedRequest) (*pb.SetSharedResponse, error) {
+	ref, err := h.b.SetShared(ctx, peerOf(ctx).Hub, broker.UserID(r.User), broker.ServerName(r.Server), r.Shared)
+	if err != nil {
+		return nil, err
+	}
+	return &pb.SetSharedResponse{Ref: ref}, nil
 }

@@ -94,6 +94,15 @@ func TestBothEdgesSayTheSame(t *testing.T) {
 		{"a server of a user with a longer name", nil, &pb.RegisterRequest{User: strings.Repeat("ü", 256), ContainerName: "c"}, broker.Invalid, "255"},
 		{"a server of nobody", nil, &pb.RegisterRequest{ContainerName: "c"}, broker.Invalid, "user"},
 		{"a server that needs a grant", nil, &pb.RegisterRequest{User: "bob", ContainerName: "c", RequireGrant: true}, broker.LoginRequired, "bob"},
+		{"a server that somebody else may open", ready, &pb.RegisterRequest{User: "alice", ContainerName: "jupyter-alice", Shared: true}, "", ""},
+		{"a token on it", func(s *stack) { s.ready(); s.share() }, &pb.GetTokenRequest{}, broker.Denied, "tokens are off while this server is shared"},
+		{"groups", ready, &pb.SetGroupsRequest{User: "alice", Groups: []string{"lab", "staff"}}, "", ""},
+		{"groups that are no others", ready, &pb.SetGroupsRequest{User: "alice"}, "", ""},
+		{"groups of nobody", nil, &pb.SetGroupsRequest{Groups: []string{"lab"}}, broker.Invalid, "user"},
+		{"a group with a line break", nil, &pb.SetGroupsRequest{User: "alice", Groups: []string{"lab\nstaff"}}, broker.Invalid, "groups holds a control character"},
+		{"a share", ready, &pb.SetSharedRequest{User: "alice", Shared: true}, "", ""},
+		{"a share that ends", func(s *stack) { s.ready(); s.share() }, &pb.SetSharedRequest{User: "alice"}, "", ""},
+		{"a share of an unknown server", nil, &pb.SetSharedRequest{User: "alice", Server: "gpu", Shared: true}, "", ""},
 		{"the end of a server", ready, &pb.UnregisterRequest{User: "alice"}, "", ""},
 		{"the end of the start before", ready, &pb.UnregisterRequest{User: "alice", Generation: 1}, "", ""},
 		{"the end of nothing", nil, &pb.UnregisterRequest{User: "nobody"}, "", ""},
@@ -140,6 +149,13 @@ func (s *stack) disconnect() {
 	check(s.t, err)
 }
 
+// share opens alice's server to somebody else.
+func (s *stack) share() {
+	s.t.Helper()
+	_, err := s.b.SetShared(context.Background(), "main", "alice", "", true)
+	check(s.t, err)
+}
+
 // crashSecret is what a crash must not tell.
 const crashSecret = "a secret in a panic"
 
@@ -163,6 +179,10 @@ func (s *stack) path(m proto.Message) (socket, method string, answer proto.Messa
 		return s.hub, pb.Hub_Register_FullMethodName, new(pb.RegisterResponse)
 	case *pb.UnregisterRequest:
 		return s.hub, pb.Hub_Unregister_FullMethodName, new(pb.UnregisterResponse)
+	case *pb.SetGroupsRequest:
+		return s.hub, pb.Hub_SetGroups_FullMethodName, new(pb.SetGroupsResponse)
+	case *pb.SetSharedRequest:
+		return s.hub, pb.Hub_SetShared_FullMethodName, new(pb.SetSharedResponse)
 	}
 	s.t.Fatalf("no method takes a %T", m)
 	return "", "", nil
@@ -278,6 +298,10 @@ func requestFor(t testing.TB, m proto.Message) *http.Request {
 		return post("/v1/check-session")
 	case *pb.RegisterRequest:
 		return post("/v1/register")
+	case *pb.SetGroupsRequest:
+		return post("/v1/set-groups")
+	case *pb.SetSharedRequest:
+		return post("/v1/set-shared")
 	}
 	return post("/v1/unregister")
 }

@@ -87,6 +87,7 @@ type registerRequest struct {
 	Provider      broker.ProviderID `json:"provider"`
 	Handle        string            `json:"handle"`
 	Groups        []string          `json:"groups"`
+	Shared        bool              `json:"shared"`
 	RequireGrant  bool              `json:"require_grant"`
 	UID           *uint32           `json:"uid"`
 }
@@ -111,6 +112,7 @@ func (e edge) register(r *http.Request, p *broker.Peer, body []byte) (any, error
 		Provider:      q.Provider,
 		Handle:        broker.NewSecret(q.Handle),
 		Groups:        q.Groups,
+		Shared:        q.Shared,
 		RequireGrant:  q.RequireGrant,
 		UID:           q.UID,
 	})
@@ -129,5 +131,34 @@ func (e edge) unregister(r *http.Request, p *broker.Peer, body []byte) (any, err
 		return nil, err
 	}
 	ref, err := e.b.Unregister(r.Context(), p.Hub, q.User, q.Server, q.Generation)
+	return refResponse{ref}, err
+}
+
+type setGroupsRequest struct {
+	User   broker.UserID `json:"user"`
+	Groups []string      `json:"groups"`
+}
+
+func (e edge) setGroups(r *http.Request, p *broker.Peer, body []byte) (any, error) {
+	var q setGroupsRequest
+	if err := decodeJSON(body, &q); err != nil {
+		return nil, err
+	}
+	ref, err := e.b.SetGroups(r.Context(), p.Hub, q.User, q.Groups)
+	return refResponse{ref}, err
+}
+
+type setSharedRequest struct {
+	User   broker.UserID     `json:"user"`
+	Server broker.ServerName `json:"server"`
+	Shared bool              `json:"shared"`
+}
+
+func (e edge) setShared(r *http.Request, p *broker.Peer, body []byte) (any, error) {
+	var q setSharedRequest
+	if err := decodeJSON(body, &q); err != nil {
+		return nil, err
+	}
+	ref, err := e.b.SetShared(r.Context(), p.Hub, q.User, q.Server, q.Shared)
 	return refResponse{ref}, err
 }

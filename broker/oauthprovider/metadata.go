@@ -27,6 +27,7 @@ type metadata struct {
 	Introspection string   `json:"introspection_endpoint"`
 	AuthStyles    []string `json:"token_endpoint_auth_methods_supported"`
 	IDTokenAlgs   []string `json:"id_token_signing_alg_values_supported"`
+	Scopes        []string `json:"scopes_supported"`
 
 	oidc     *oidc.Provider
 	verifier *oidc.IDTokenVerifier // nil: there are no keys to verify with

@@ -325,6 +325,19 @@ func (p *Provider) Check(ctx context.Context) error {
 	return nil
 }
 
+// ScopesSupported asks the provider which scopes it knows. A provider need not
+// say, nor say all (OpenID Connect Discovery 1.0, section 3).
+func (p *Provider) ScopesSupported(ctx context.Context) ([]string, error) {
+	if p.cfg.Issuer == "" {
+		return nil, nil // no discovery
+	}
+	m, err := p.discover(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return m.Scopes, nil
+}
+
 // check returns all that is wrong with the configuration.
 func (c Config) check() error {
 	var wrong []error

@@ -27,6 +27,7 @@ func check(c *Config, d *decoder, f files) {
 	k := checker{c, d, f}
 	k.names()
 	k.hubs()
+	k.logins()
 	k.servers()
 	k.store()
 	k.keys()
@@ -99,11 +100,16 @@ func (k checker) hubs() {
 			k.add(key+".socket", "needs a directory of its own, and %s is that of %s", dir, other)
 		}
 		dirs[dir] = key + ".socket"
-		k.provider(key+".login", h.Login)
 		if h.Listener != nil {
 			k.listener(key+".listener", h.Listener)
 			k.c.Hubs[name] = h
 		}
+	}
+}
+
+func (k checker) logins() {
+	for name, h := range k.c.Hubs {
+		k.provider("hubs."+string(name)+".login", h.Login)
 	}
 }
 
@@ -302,12 +308,31 @@ func (k checker) policy() {
 				k.add(fmt.Sprintf("%s.hubs[%d]", key, j), "there is no hub %q; there are %s", h, list(k.c.Hubs))
 			}
 		}
+		if need := r.RequireAttestation; need != "" && !slices.Contains(broker.Levels(), need) {
+			k.add(key+".require_attestation", "there is no level %q; there are %s", need, strings.Join(broker.Levels(), ", "))
+		}
+		for j, s := range r.Scopes {
+			if strings.ContainsAny(s, " \t") {
+				k.add(fmt.Sprintf("%s.scopes[%d]", key, j), "%q is not one scope; write several as [a, b]", s)
+			}
+		}
 		for j, role := range r.Roles {
-			if p, _, ok := strings.Cut(role, ":"); ok && strings.Contains(role, "/") && !strings.Contains(p, "/") {
-				k.provider(fmt.Sprintf("%s.roles[%d]", key, j), broker.ProviderID(p))
+			if owner, _ := k.roleOf(role, r.Provider); owner != r.Provider {
+				k.provider(fmt.Sprintf("%s.roles[%d]", key, j), owner)
 			}
 		}
 	}
+}
+
+// roleOf splits a role, as written in a rule of provider, into the provider that
+// shows it and the rest.
+func (k checker) roleOf(role string, provider broker.ProviderID) (owner broker.ProviderID, rest string) {
+	p, rest, ok := strings.Cut(role, ":")
+	own := slices.ContainsFunc(k.c.Providers[provider].Roles, func(claim string) bool { return strings.HasPrefix(role, claim+"/") })
+	if !ok || own || strings.Contains(p, "/") || !strings.Contains(rest, "/") {
+		return provider, role // a colon of its own, as in https://example.org/roles/admin
+	}
+	return broker.ProviderID(p), rest
 }
 
 // provider notes a name that no provider has.

@@ -2,9 +2,9 @@ package main
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -27,11 +27,16 @@ func loadConfig(path string) (*Config, error) {
 	var wrong Mistakes
 	switch {
 	case errors.As(err, &wrong):
-		return nil, &failure{1, fmt.Errorf("%s has %s:\n%w", path, count(len(wrong), "mistake"), wrong), ""}
+		return nil, mistaken(path, wrong)
 	case err != nil:
 		return nil, &failure{1, err, "name another file with --config"}
 	}
 	return cfg, nil
+}
+
+// mistaken is what is wrong with a file.
+func mistaken(file string, wrong Mistakes) error {
+	return &failure{1, fmt.Errorf("%s has %s:\n%w", file, count(len(wrong), "mistake"), wrong), ""}
 }
 
 // count says how many there are of something.
@@ -43,38 +48,75 @@ func count(n int, what string) string {
 }
 
 func newConfig() *cobra.Command {
-	check := &cobra.Command{Use: "check", Short: "Name everything that is wrong with a configuration file", Args: cobra.NoArgs}
+	check := &cobra.Command{
+		Use:   "check",
+		Short: "Name everything that is wrong with a configuration file, and what in it can have no effect",
+		Args:  cobra.NoArgs,
+	}
 	file := configFlag(check)
+	online := check.Flags().Bool("online", false, "also ask the providers which scopes they know")
+	strict := check.Flags().Bool("strict", false, "fail for a warning, too")
 	check.RunE = action(func(c *cobra.Command, _ []string) error {
-		if wantsJSON(c) {
-			return checkJSON(c.OutOrStdout(), *file)
-		}
-		cfg, err := loadConfig(*file)
+		r, err := review(c.Context(), *file, *online)
 		if err != nil {
 			return err
 		}
-		fmt.Fprintf(c.OutOrStdout(), "%s is right: %s, %s, %s\n", *file,
-			count(len(cfg.Hubs), "hub"), count(len(cfg.Providers), "provider"), count(len(cfg.Policy), "rule"))
+		if err := r.print(c); err != nil {
+			return err
+		}
+		if n := len(r.Warnings); *strict && n > 0 {
+			return fmt.Errorf("%s has %s", *file, count(n, "warning"))
+		}
 		return nil
 	})
 	return group("config", "The configuration file", check, newConfigPrint())
 }
 
-// checkJSON prints the mistakes for programs.
-func checkJSON(w io.Writer, file string) error {
-	_, err := load(file)
-	var wrong Mistakes
-	if err != nil && !errors.As(err, &wrong) {
-		return err
+// A configReview is what config check finds.
+type configReview struct {
+	File     string   `json:"file"`
+	Mistakes Mistakes `json:"mistakes"` // then nothing else was looked at
+	Warnings Mistakes `json:"warnings"`
+	cfg      *Config
+}
+
+func review(ctx context.Context, file string, online bool) (*configReview, error) {
+	r := &configReview{File: file, Mistakes: Mistakes{}, Warnings: Mistakes{}}
+	cfg, d, err := read(file)
+	switch {
+	case errors.As(err, &r.Mistakes):
+		return r, nil
+	case err != nil:
+		return nil, &failure{1, err, "name another file with --config"}
 	}
-	answer := struct {
-		File     string   `json:"file"`
-		Mistakes Mistakes `json:"mistakes"`
-	}{file, append(Mistakes{}, wrong...)}
-	if err := printJSON(w, answer); err != nil || len(wrong) == 0 {
-		return err
+	r.cfg = cfg
+	r.Warnings = append(r.Warnings, lint(cfg, d)...)
+	if online {
+		r.Warnings = append(r.Warnings, lintOnline(ctx, cfg, d)...)
 	}
-	return fmt.Errorf("%s has %s", file, count(len(wrong), "mistake"))
+	r.Warnings.sort()
+	return r, nil
+}
+
+// print prints r, and returns an error if there are mistakes.
+func (r *configReview) print(c *cobra.Command) error {
+	wrong := len(r.Mistakes)
+	if wantsJSON(c) {
+		if err := printJSON(c.OutOrStdout(), r); err != nil || wrong == 0 {
+			return err
+		}
+		return fmt.Errorf("%s has %s", r.File, count(wrong, "mistake"))
+	}
+	if wrong > 0 {
+		return mistaken(r.File, r.Mistakes)
+	}
+	w := c.OutOrStdout()
+	for _, m := range r.Warnings {
+		fmt.Fprintf(w, "warning: %v\n", Mistakes{m})
+	}
+	_, err := fmt.Fprintf(w, "%s is right: %s, %s, %s\n", r.File,
+		count(len(r.cfg.Hubs), "hub"), count(len(r.cfg.Providers), "provider"), count(len(r.cfg.Policy), "rule"))
+	return err
 }
 
 func newConfigPrint() *cobra.Command {

@@ -213,6 +213,16 @@ type RuleConfig struct {
 	Servers []broker.ServerName `yaml:"servers,omitempty"`
 	Images  []string            `yaml:"images,omitempty"`
 	Roles   []string            `yaml:"roles,omitempty"`
+	// Groups are groups at the hub that the user must be in one of, for a site
+	// that keeps its roles there. Roles and groups in one rule must both fit.
+	Groups []string `yaml:"groups,omitempty"`
+	// Shared gives tokens also on a server that somebody else may open.
+	// Default: no tokens while it is shared.
+	Shared bool `yaml:"shared,omitempty"`
+	// RequireAttestation is how surely the broker must know who asks: uid, proc,
+	// pidfd or pidfd+ns, each better than those before. `tokenbroker status` shows
+	// what this host has. Default: any.
+	RequireAttestation string `yaml:"require_attestation,omitempty"`
 	// Provider is whose tokens. Default: the only one.
 	Provider broker.ProviderID `yaml:"provider,omitempty"`
 	// Audiences and Scopes are what may be asked for.
@@ -241,13 +251,19 @@ type AuditConfig struct {
 // load reads, completes and checks a configuration file. If anything is wrong
 // with it, the error is Mistakes and names all of it.
 func load(path string) (*Config, error) {
+	c, _, err := read(path)
+	return c, err
+}
+
+// read is load, and also returns in which lines what is.
+func read(path string) (*Config, *decoder, error) {
 	path, err := filepath.Abs(path)
 	if err != nil {
-		return nil, fmt.Errorf("read configuration: %w", err)
+		return nil, nil, fmt.Errorf("read configuration: %w", err)
 	}
 	data, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("read configuration: %w", err)
+		return nil, nil, fmt.Errorf("read configuration: %w", err)
 	}
 	c, d := parse(data)
 	dirs := []string{filepath.Dir(path)}
@@ -261,9 +277,9 @@ func load(path string) (*Config, error) {
 	}
 	if len(d.mistakes) > 0 {
 		d.mistakes.sort()
-		return nil, d.mistakes
+		return nil, d, d.mistakes
 	}
-	return c, nil
+	return c, d, nil
 }
 
 // parse reads data and fills in the defaults.

@@ -69,7 +69,7 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.PersistentFlags().VarP(new(format), "output", "o", "table or json")
-	root.AddCommand(newServe(), newConfig(), newStatus(), newSessions(), newUsers(), newExplain(), newKeys(), newDoctor(), newVersion())
+	root.AddCommand(newServe(), newConfig(), newPolicy(), newStatus(), newSessions(), newUsers(), newExplain(), newKeys(), newDoctor(), newVersion())
 	addDemo(root)
 	return root
 }

@@ -202,7 +202,7 @@ func openProviders(cfg *Config, log *slog.Logger) ([]broker.Provider, error) {
 	return all, nil
 }
 
-func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (broker.Provider, error) {
+func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*oauthprovider.Provider, error) {
 	var secret broker.Secret
 	if c.ClientSecretFile != "" {
 		var err error

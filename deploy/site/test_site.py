@@ -35,8 +35,21 @@ def test_the_broker_takes_its_configuration(tokenbroker, tmp_path):
     secret.chmod(0o400)
     made = run(tokenbroker, "keys", "create", "--config", config)
     assert made.returncode == 0, made.stdout + made.stderr
-    checked = run(tokenbroker, "config", "check", "--config", config)
+    checked = run(tokenbroker, "config", "check", "--strict", "--config", config)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_policy_answers_as_its_table_says(tokenbroker, tmp_path):
+    def tried(policy):
+        config = tmp_path / "tokenbroker.yaml"
+        config.write_text(policy)
+        return run(tokenbroker, "policy", "test", "--config", config, SITE / "policy-test.yaml")
+
+    policy = (SITE / "tokenbroker.yaml").read_text()
+    done = tried(policy)
+    assert done.returncode == 0 and "as expected" in done.stdout, done.stdout + done.stderr
+    done = tried(policy.replace("researcher", "student"))
+    assert done.returncode == 1 and "students do not" in done.stdout, done.stdout + done.stderr
 
 
 def test_the_hub_takes_its_configuration(monkeypatch):

@@ -37,7 +37,7 @@ c.JupyterHub.hub_port = world["hub_port"]
 c.JupyterHub.db_url = "sqlite:///hub.sqlite"
 c.JupyterHub.services = [{"name": "tests", "api_token": world["api_token"]}]
 c.JupyterHub.load_roles = [
-    {"name": "tests", "services": ["tests"], "scopes": ["admin:users", "admin:servers", "admin:auth_state"]}
+    {"name": "tests", "services": ["tests"], "scopes": ["admin:users", "admin:servers", "admin:auth_state", "admin:groups", "shares"]}
 ]
 
 c.JupyterHub.authenticator_class = "generic-oauth"

@@ -19,12 +19,24 @@ class User:
         self.auth_state = auth_state
         self.groups = [SimpleNamespace(name=group) for group in groups]
         self.url = f"/user/{name}/"
+        self.spawners = {}
 
     async def get_auth_state(self):
         return copy.deepcopy(self.auth_state)
 
     async def save_auth_state(self, auth_state):
         self.auth_state = auth_state
+
+
+class NoRoles:
+    """A hub's database in which nobody is given anything."""
+
+    def query(self, kind):
+        return []
+
+
+def orm_spawner(name):
+    return SimpleNamespace(name=name, server=None, shares=[], share_codes=[])
 
 
 HANDLE = {"access_token": "the-access-token", "refresh_token": "tbh_the-handle"}
@@ -82,11 +94,11 @@ def docker_spawner(user=None, server="", config=None, cls=DockerSpawner, **kwarg
     for name, value in (config or {}).items():
         c.DockerSpawner[name] = value
     user = user or User(auth_state=HANDLE)
-    return Spawner(user=user, orm_spawner=SimpleNamespace(name=server, server=None), config=c, cmd="x", **kwargs)
+    return Spawner(user=user, orm_spawner=orm_spawner(server), db=NoRoles(), config=c, cmd="x", **kwargs)
 
 
 def process_spawner(user, cls=LocalProcessSpawner):
-    return cls(user=user, orm_spawner=SimpleNamespace(name="", server=None), config=Config())
+    return cls(user=user, orm_spawner=orm_spawner(""), db=NoRoles(), config=Config())
 
 
 def servers(broker, kind=None, on_no_grant="start", on_broker_down="refuse", timeout=5.0):

@@ -32,6 +32,8 @@ class StandIn:
                 "ref": "3",
             },
             "/v1/unregister": {"ref": "4"},
+            "/v1/set-groups": {"ref": ""},
+            "/v1/set-shared": {"ref": ""},
         }
         self.server = None
 

@@ -277,6 +277,7 @@ def test_a_server_is_registered_and_unregistered(world):
         "user": "erin",
         "server": "",
         "groups": [],
+        "shared": False,
         "require_grant": False,
         "uid": os.geteuid(),
         "provider": "keycloak",
@@ -289,6 +290,34 @@ def test_a_server_is_registered_and_unregistered(world):
     assert world.api("DELETE", "/users/erin/server").status_code in (202, 204)
     world.broker.wait_for("/v1/unregister")
     assert world.broker.requests("/v1/unregister") == [{"user": "erin", "server": "", "generation": 7}]
+
+
+def test_groups_and_shares_of_a_running_server_are_said(world):
+    browser, _ = world.login("erin")
+    world.login("frank")
+    assert spawn(world, "erin").status_code in (201, 202)
+    world.api("POST", "/groups/lab")
+    world.api("POST", "/groups/lab/users", json={"users": ["erin"]})
+    assert world.api("POST", "/shares/erin/", json={"user": "frank"}).ok
+    world.broker.calls.clear()
+    browser.get(world.url + "/hub/home")
+    assert world.broker.requests("/v1/set-groups")[-1] == {"user": "erin", "groups": ["lab"]}
+    assert world.broker.requests("/v1/set-shared")[-1] == {"user": "erin", "server": "", "shared": True}
+
+    assert world.api("PATCH", "/shares/erin/", json={"user": "frank"}).ok  # ends it
+    browser.get(world.url + "/hub/home")
+    assert world.broker.requests("/v1/set-shared")[-1] == {"user": "erin", "server": "", "shared": False}
+
+    assert world.api("POST", "/shares/erin/", json={"user": "frank"}).ok
+    assert world.api("DELETE", "/users/erin/server").status_code in (202, 204)
+    world.broker.wait_for("/v1/unregister")
+    assert spawn(world, "erin").status_code in (201, 202)
+    request = world.broker.requests("/v1/register")[-1]
+    assert request["groups"] == ["lab"] and request["shared"] is True
+    world.api("DELETE", "/groups/lab")
+    world.api("DELETE", "/shares/erin/")
+    assert world.api("DELETE", "/users/erin/server").status_code in (202, 204)
+    world.broker.wait_for("/v1/unregister", 2)
 
 
 def test_a_refused_spawn_says_why_over_the_api_and_leaves_nothing(world):

@@ -5,7 +5,7 @@ import hashlib
 import json
 
 import pytest
-from hub_fakes import User
+from hub_fakes import User, docker_spawner
 from hub_standin import FROZEN, Raw
 from oauthenticator.generic import GenericOAuthenticator
 from tokenbroker_hub import hooks
@@ -282,7 +282,7 @@ def site_model(authenticator, user, auth_state):
 @pytest.mark.parametrize(("site", "want"), [(site_true, True), (site_none, True), (site_false, False)])
 def test_the_sites_hook_is_asked_first(broker, site, want):
     assert refresh(broker, site=site) is want
-    assert len(broker.calls) == (0 if want is False else 1)
+    assert len(broker.requests("/v1/check-session")) == (0 if want is False else 1)
 
 
 def test_an_ended_session_ends_whatever_the_sites_hook_says(broker):
@@ -328,3 +328,80 @@ def test_no_secret_is_logged(broker, caplog):
         login(broker, {"name": "alice", "auth_state": STATE}, timeout=0.2)
     for secret in ("old-token", "new-token", "tbh_", "old-id", "new-id"):
         assert secret not in caplog.text
+
+
+# --- SetGroups and SetShared ---
+
+MANAGED = {"manage_groups": True, "auth_state_groups_key": "oauth_user.groups"}
+
+
+def test_a_refresh_says_the_groups_that_the_hub_has(broker):
+    assert refresh(broker, user=User("alice", STATE, groups=["zebras", "ants"])) is True
+    assert broker.requests("/v1/set-groups") == [{"user": "alice", "groups": ["ants", "zebras"]}]
+
+
+def test_a_refresh_that_brings_groups_says_these(broker):
+    broker.answers["/v1/check-session"] = {"active": True, "token": TOKEN}
+    refresh(broker, auth=authenticator(**MANAGED), user=User("alice", STATE, groups=["old"]))
+    assert broker.requests("/v1/set-groups") == [{"user": "alice", "groups": ["new"]}]
+
+
+def test_the_last_group_is_lost(broker):
+    def site(authenticator, user, auth_state):
+        return {"name": user.name, "groups": [], "auth_state": auth_state}
+
+    refresh(broker, site=site, auth=authenticator(**MANAGED), user=User("alice", STATE, groups=["old"]))
+    assert broker.requests("/v1/set-groups") == [{"user": "alice", "groups": []}]
+
+
+def test_groups_that_the_hub_does_not_take_from_the_login_are_not_said(broker):
+    refresh(broker, site=site_model, user=User("alice", STATE, groups=["of the hub"]))
+    assert broker.requests("/v1/set-groups") == [{"user": "alice", "groups": ["of the hub"]}]
+
+
+def test_a_login_says_the_groups_that_come_with_it(broker):
+    hook = hooks.login_hook(Broker(broker.path), "keycloak")
+    model = {"name": "alice", "auth_state": STATE, "groups": ["b", "a"]}
+    for auth in (authenticator(**MANAGED), authenticator()):
+        asyncio.run(hook(None, auth, None, model))
+    assert broker.requests("/v1/set-groups") == [{"user": "alice", "groups": ["a", "b"]}]
+
+
+def test_a_session_that_has_ended_says_nothing(broker):
+    broker.answers["/v1/check-session"] = {"active": False}
+    assert refresh(broker) is False
+    assert [path for path, _ in broker.calls] == ["/v1/check-session"]
+
+
+def test_a_broker_that_is_down_is_not_asked_twice(broker):
+    broker.answers["/v1/check-session"] = (503, {"code": "unavailable"})
+    assert refresh(broker) is True
+    assert [path for path, _ in broker.calls] == ["/v1/check-session"]
+
+
+def test_a_refresh_says_which_running_servers_are_shared(broker):
+    user = User("alice", STATE)
+    user.spawners = {name: docker_spawner(user, server=name) for name in ("", "gpu", "stopped")}
+    for name in ("", "gpu"):
+        user.spawners[name]._spawn_pending = True  # so that it is active
+    user.spawners["gpu"].orm_spawner.share_codes.append(type("Code", (), {"expired": False}))
+    refresh(broker, user=user)
+    assert broker.requests("/v1/set-shared") == [
+        {"user": "alice", "server": "", "shared": False},
+        {"user": "alice", "server": "gpu", "shared": True},
+    ]
+
+
+@pytest.mark.parametrize("answer", [FROZEN, Raw(b""), (404, {"code": "invalid"}), (503, {"code": "unavailable"})])
+def test_what_can_not_be_said_ends_no_session(broker, answer):
+    broker.answers["/v1/set-groups"] = answer
+    assert refresh(broker, timeout=0.3) is True
+    assert broker.requests("/v1/set-shared") == []
+
+
+def test_a_database_in_trouble_ends_no_session(broker):
+    user = User("alice", STATE)
+    user.spawners = {"": docker_spawner(user)}
+    user.spawners[""]._spawn_pending = True
+    user.spawners[""].db = None
+    assert refresh(broker, user=user) is True

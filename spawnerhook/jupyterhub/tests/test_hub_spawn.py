@@ -23,6 +23,7 @@ def test_register_says_who_and_what(broker):
             "server": "gpu",
             "container_name": "jupyter-alice--gpu",
             "groups": ["ants", "zebras"],
+            "shared": False,
             "require_grant": False,
             "provider": "keycloak",
             "handle": "tbh_the-handle",

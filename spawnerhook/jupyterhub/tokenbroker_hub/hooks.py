@@ -20,6 +20,7 @@ from tornado import web
 
 from .broker import BrokerDown, Refused
 from .container import Unfit, server_directory
+from .sharing import openers
 
 try:
     from jupyterhub.spawner import SpawnException
@@ -76,6 +77,8 @@ def login_hook(broker, provider):
         except BrokerDown as e:
             # CheckSession and Register make good for it: they say the same two names.
             authenticator.log.warning("token broker, login of %s: %s", auth_model["name"], e)
+        else:
+            await _say(broker, authenticator, auth_model["name"], _groups(authenticator, auth_model), [])
         return auth_model
 
     return post_auth_hook
@@ -83,6 +86,35 @@ def login_hook(broker, provider):
 
 def _handle(auth_state):
     return (auth_state or {}).get("refresh_token") or ""
+
+
+def _groups(authenticator, auth_model, user=None):
+    """The groups that the hub is about to put the user in, else those he is in;
+    None: not known."""
+    managed = isinstance(auth_model, dict) and authenticator.manage_groups and auth_model.get("groups")
+    if managed or managed == []:
+        return sorted(managed)
+    return _names(user.groups) if user else None
+
+
+def _names(groups):
+    return sorted(group.name for group in groups)
+
+
+async def _say(broker, authenticator, user, groups, spawners):
+    """Tells the broker what policy asks the hub for. Nothing follows from it for
+    the user's session, whatever happens."""
+    try:
+        if groups is not None:
+            await broker.call("set-groups", {"user": user, "groups": groups})
+        for spawner in spawners:
+            if spawner.active:
+                shared = {"user": user, "server": spawner.name, "shared": bool(openers(spawner))}
+                await broker.call("set-shared", shared)
+    except (BrokerDown, Refused) as e:
+        authenticator.log.warning("token broker, groups and sharing of %s: %s", user, e)
+    except Exception:
+        authenticator.log.exception("token broker, groups and sharing of %s", user)
 
 
 class _Outage:
@@ -108,6 +140,13 @@ def refresh_hook(broker, provider, unchecked_seconds):
     outage = _Outage(unchecked_seconds)
 
     async def refresh_user_hook(site, authenticator, user, auth_state):
+        answer = await check(site, authenticator, user, auth_state)
+        if answer and outage.since is None:
+            groups = _groups(authenticator, answer, user)
+            await _say(broker, authenticator, user.name, groups, list(user.spawners.values()))
+        return answer
+
+    async def check(site, authenticator, user, auth_state):
         decided = await _site(site, authenticator, user, auth_state)
         handle = _handle(auth_state)
         if not handle or (decided is not None and not decided):
@@ -231,10 +270,14 @@ class Servers:
 
     async def _describe(self, spawner):
         user = spawner.user
+        others = openers(spawner)
+        if others:
+            spawner.log.info("token broker: %s is shared with %s", spawner._log_name, ", ".join(others))
         request = {
             "user": user.name,
             "server": spawner.name,
-            "groups": sorted(group.name for group in user.groups),
+            "groups": _names(user.groups),
+            "shared": bool(others),
             "require_grant": self.require_grant,
             **await self.kind.describe(spawner),
         }
