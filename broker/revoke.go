@@ -55,7 +55,8 @@ func (b *Broker) HubLogout(ctx context.Context, hub HubID, user UserID) (ref str
 	e := b.entry("logout", nil)
 	e.Hub, e.User = hub, user
 	how, ends := b.cfg.Hubs[hub].OnLogout.ending()
-	if ends {
+	err = checkUser(user)
+	if ends && err == nil {
 		_, err = b.disconnect(ctx, hub, user, "", how, e)
 	}
 	if errors.Is(err, errNoGrant) {

@@ -113,6 +113,7 @@ var actions = map[string]string{
 	"Unregister":        "unregister",
 	"SetGroups":         "groups",
 	"SetShared":         "shared",
+	"Logout":            "logout",
 	"Status":            "status",
 	"ListGrants":        "grants",
 	"ListRegistrations": "registrations",

@@ -97,3 +97,11 @@ func (h hub) SetShared(ctx context.Context, r *pb.SetSharedRequest) (*pb.SetShar
 	}
 	return &pb.SetSharedResponse{Ref: ref}, nil
 }
+
+func (h hub) Logout(ctx context.Context, r *pb.LogoutRequest) (*pb.LogoutResponse, error) {
+	ref, err := h.b.HubLogout(ctx, peerOf(ctx).Hub, broker.UserID(r.User))
+	if err != nil {
+		return nil, err
+	}
+	return &pb.LogoutResponse{Ref: ref}, nil
+}

@@ -102,6 +102,8 @@ func TestBothEdgesSayTheSame(t *testing.T) {
 		{"a group with a line break", nil, &pb.SetGroupsRequest{User: "alice", Groups: []string{"lab\nstaff"}}, broker.Invalid, "groups holds a control character"},
 		{"a share", ready, &pb.SetSharedRequest{User: "alice", Shared: true}, "", ""},
 		{"a share that ends", func(s *stack) { s.ready(); s.share() }, &pb.SetSharedRequest{User: "alice"}, "", ""},
+		{"a logout", ready, &pb.LogoutRequest{User: "alice"}, "", ""},
+		{"a logout of nobody", nil, &pb.LogoutRequest{}, broker.Invalid, "user"},
 		{"a share of an unknown server", nil, &pb.SetSharedRequest{User: "alice", Server: "gpu", Shared: true}, "", ""},
 		{"the end of a server", ready, &pb.UnregisterRequest{User: "alice"}, "", ""},
 		{"the end of the start before", ready, &pb.UnregisterRequest{User: "alice", Generation: 1}, "", ""},
@@ -181,6 +183,8 @@ func (s *stack) path(m proto.Message) (socket, method string, answer proto.Messa
 		return s.hub, pb.Hub_Unregister_FullMethodName, new(pb.UnregisterResponse)
 	case *pb.SetGroupsRequest:
 		return s.hub, pb.Hub_SetGroups_FullMethodName, new(pb.SetGroupsResponse)
+	case *pb.LogoutRequest:
+		return s.hub, pb.Hub_Logout_FullMethodName, new(pb.LogoutResponse)
 	case *pb.SetSharedRequest:
 		return s.hub, pb.Hub_SetShared_FullMethodName, new(pb.SetSharedResponse)
 	}
@@ -300,6 +304,8 @@ func requestFor(t testing.TB, m proto.Message) *http.Request {
 		return post("/v1/register")
 	case *pb.SetGroupsRequest:
 		return post("/v1/set-groups")
+	case *pb.LogoutRequest:
+		return post("/v1/logout")
 	case *pb.SetSharedRequest:
 		return post("/v1/set-shared")
 	}

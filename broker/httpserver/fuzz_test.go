@@ -88,7 +88,7 @@ func FuzzTokenEndpoint(f *testing.F) {
 }
 
 func FuzzHubJSON(f *testing.F) {
-	paths := []string{"/v1/claim", "/v1/check-session", "/v1/register", "/v1/unregister", "/v1/set-groups", "/v1/set-shared"}
+	paths := []string{"/v1/claim", "/v1/check-session", "/v1/register", "/v1/unregister", "/v1/set-groups", "/v1/set-shared", "/v1/logout"}
 	for i, seed := range []string{
 		`{"provider":"keycloak","handle":"tbh_x","user":"alice"}`, `{"user":"alice","have_sha256":"00"}`,
 		`{"user":"alice","server":"","container_name":"c","groups":["a"],"require_grant":true,"uid":1000}`, `{"user":"alice","generation":1}`, `{"user":"alice","groups":["a"]}`, `{"user":"alice","server":"","shared":true}`,

@@ -5,7 +5,7 @@
 //	a server's socket   GET  /v1/token, /v1/token/{provider}, /v1/providers
 //	                    GET  /v1/watch, /v1/watch/{provider}: server-sent events
 //	a hub's socket      POST /v1/claim, /v1/check-session, /v1/register, /v1/unregister,
-//	                    /v1/set-groups, /v1/set-shared
+//	                    /v1/set-groups, /v1/set-shared, /v1/logout
 //	                    POST /oauth2/token/{provider}
 //
 // Package grpcserver offers the same over gRPC; the fields are named and
@@ -50,6 +50,7 @@ func NewHub(b *broker.Broker, log *slog.Logger) *http.Server {
 		{"/v1/unregister", http.MethodPost, "unregister", e.unregister},
 		{"/v1/set-groups", http.MethodPost, "groups", e.setGroups},
 		{"/v1/set-shared", http.MethodPost, "shared", e.setShared},
+		{"/v1/logout", http.MethodPost, "logout", e.logout},
 	})
 	mux.Handle(tokenPath, tokenEndpoint{e, hubOfSocket})
 	return e.server(mux)

@@ -162,3 +162,16 @@ func (e edge) setShared(r *http.Request, p *broker.Peer, body []byte) (any, erro
 	ref, err := e.b.SetShared(r.Context(), p.Hub, q.User, q.Server, q.Shared)
 	return refResponse{ref}, err
 }
+
+type logoutRequest struct {
+	User broker.UserID `json:"user"`
+}
+
+func (e edge) logout(r *http.Request, p *broker.Peer, body []byte) (any, error) {
+	var q logoutRequest
+	if err := decodeJSON(body, &q); err != nil {
+		return nil, err
+	}
+	ref, err := e.b.HubLogout(r.Context(), p.Hub, q.User)
+	return refResponse{ref}, err
+}

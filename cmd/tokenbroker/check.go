@@ -100,6 +100,11 @@ func (k checker) hubs() {
 			k.add(key+".socket", "needs a directory of its own, and %s is that of %s", dir, other)
 		}
 		dirs[dir] = key + ".socket"
+		switch h.OnLogout {
+		case "", broker.Keep, broker.StopIssuing, broker.RevokeAll:
+		default:
+			k.add(key+".on_logout", "there is no %q; there are keep, stop_issuing and revoke", h.OnLogout)
+		}
 		if h.Listener != nil {
 			k.listener(key+".listener", h.Listener)
 			k.c.Hubs[name] = h

@@ -65,6 +65,11 @@ type HubConfig struct {
 	UID uint32 `yaml:"uid,omitempty"`
 	// Login is the provider that the hub's users log in with. Default: the only one.
 	Login broker.ProviderID `yaml:"login,omitempty"`
+	// OnLogout is what a logout at the hub does to the user's grants: keep them, so
+	// that a computation goes on; stop_issuing, no token until the next login; or
+	// revoke, the same and the provider ends the session. The hub's logout is heard
+	// only where our Python half is installed. Default: keep.
+	OnLogout broker.OnLogout `yaml:"on_logout,omitempty"`
 	// Listener is a token endpoint for hubs without our Python half. Default: none.
 	Listener *ListenerConfig `yaml:"listener,omitempty"`
 }

@@ -163,6 +163,8 @@ func TestMistakes(t *testing.T) {
 		{"a level of attestation that is none", minimal + "- {require_attestation: pid}\n", `line 10: policy[1].require_attestation: there is no level "pid"; there are uid, proc, pidfd, pidfd+ns`},
 		{"two scopes in one", minimal + "- {scopes: [a, b c]}\n", `line 10: policy[1].scopes[1]: "b c" is not one scope; write several as [a, b]`},
 		{"groups, sharing and a level", minimal + "- {groups: [lab], shared: true, require_attestation: pidfd}\n", ""},
+		{"a logout that means something", minimal + "hubs: {main: {on_logout: stop_issuing}}\n", ""},
+		{"a logout that means nothing", minimal + "hubs: {main: {on_logout: forget}}\n", `line 10: hubs.main.on_logout: there is no "forget"; there are keep, stop_issuing and revoke`},
 		{"a narrowing that is none", strings.Replace(minimal, "client_id", "narrowing: some\n    client_id", 1), `there is no narrowing "some"`},
 		{"an authentication that is none", strings.Replace(minimal, "client_id", "auth_style: magic\n    client_id", 1), "line 2: providers.keycloak: auth_style: it is client_secret_basic"},
 		{"an authority that is none", strings.Replace(minimal, "client_id", "ca_file: secret\n    client_id", 1), "line 2: providers.keycloak: "},

@@ -89,7 +89,7 @@ func (p *parts) close() error {
 func (p *parts) broker(cfg *Config, log *slog.Logger) (*broker.Broker, error) {
 	hubs := map[broker.HubID]broker.Hub{}
 	for name, h := range cfg.Hubs {
-		hubs[name] = broker.Hub{Login: h.Login}
+		hubs[name] = broker.Hub{Login: h.Login, OnLogout: h.OnLogout}
 	}
 	return broker.New(broker.Config{
 		Deployment: cfg.Deployment, Host: broker.HostID(cfg.Host), Contact: cfg.Contact, Version: versionText(),

@@ -34,6 +34,7 @@ class StandIn:
             "/v1/unregister": {"ref": "4"},
             "/v1/set-groups": {"ref": ""},
             "/v1/set-shared": {"ref": ""},
+            "/v1/logout": {"ref": "5"},
         }
         self.server = None
 

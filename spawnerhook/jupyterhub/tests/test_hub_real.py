@@ -228,6 +228,24 @@ def test_a_session_that_has_ended_goes_to_the_login(world):
     assert page.status_code == 302 and "/hub/login" in page.headers["Location"]
 
 
+@pytest.mark.parametrize("broker", ["up", "down", "refuses"])
+def test_a_logout_is_told_to_the_broker_and_never_fails(world, broker):
+    browser, _ = world.login("carol")
+    if broker == "down":
+        world.broker.stop()
+    elif broker == "refuses":
+        world.broker.refuse("/v1/logout", 500, "internal")
+    try:
+        page = browser.get(world.url + "/hub/logout", allow_redirects=False)
+        assert page.status_code in (200, 302) and "/hub/error" not in page.headers.get("Location", "")
+        assert browser.get(world.url + "/hub/home", allow_redirects=False).status_code == 302  # to the login
+    finally:
+        if broker == "down":
+            os.unlink(world.broker.path)
+            world.broker.start()
+    assert world.broker.requests("/v1/logout") == ([] if broker == "down" else [{"user": "carol"}])
+
+
 @pytest.mark.parametrize("how", ["down", "unavailable"])
 def test_pages_stay_up_and_nobody_is_logged_out_without_the_broker(world, how):
     browser, _ = world.login("carol")

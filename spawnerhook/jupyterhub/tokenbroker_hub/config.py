@@ -75,6 +75,7 @@ def install(
     servers = hooks.Servers(broker, provider, kind, on_no_grant, on_broker_down)
     site.wrap(site.authenticator, "post_auth_hook", hooks.login_hook(broker, provider))
     site.wrap(site.authenticator, "refresh_user_hook", hooks.refresh_hook(broker, provider, unchecked_seconds))
+    _hear_logouts(site.authenticator, broker)
     site.wrap(site.spawner, "pre_spawn_hook", hooks.start_hook(servers))
     site.wrap(site.spawner, "post_stop_hook", hooks.stop_hook(servers))
 
@@ -146,6 +147,13 @@ class _Site:
 
         hook.tokenbroker_site = theirs
         self.c[cls.__name__][name] = hook
+
+
+def _hear_logouts(cls, broker):
+    """Of the class that is configured alone, by the attribute that OAuthenticator
+    has for it."""
+    base = getattr(cls.logout_handler, "tokenbroker_base", cls.logout_handler)  # of an install() before
+    cls.logout_handler = hooks.logout_handler(base, broker)
 
 
 def _plain(value):

@@ -1,4 +1,4 @@
-"""The four hooks: what the hub tells the broker, and what it asks.
+"""The four hooks, and the logout: what the hub tells the broker, and what it asks.
 
 A site's own hook runs first. Nothing here runs in a thread, waits longer than
 the broker's time limit, or leaves anything half-done when it is cancelled:
@@ -115,6 +115,27 @@ async def _say(broker, authenticator, user, groups, spawners):
         authenticator.log.warning("token broker, groups and sharing of %s: %s", user, e)
     except Exception:
         authenticator.log.exception("token broker, groups and sharing of %s", user)
+
+
+def logout_handler(base, broker):
+    """A logout handler that tells the broker who leaves, and then does what base
+    does: the hub has no hook for it. What a logout means is the broker's to say;
+    nothing that goes wrong keeps anybody from logging out."""
+
+    class TokenBrokerLogoutHandler(base):
+        tokenbroker_base = base
+
+        async def handle_logout(self):
+            user = self.current_user  # the hub forgets him right after this
+            try:
+                if user is not None:
+                    await broker.call("logout", {"user": user.name})
+            except (BrokerDown, Refused) as e:
+                self.log.warning("token broker, logout of %s: %s", user.name, e)
+            result = super().handle_logout()
+            return await result if inspect.isawaitable(result) else result
+
+    return TokenBrokerLogoutHandler
 
 
 class _Outage:
