@@ -44,6 +44,8 @@ type Hub struct {
 	Login ProviderID // the provider its users log in with
 	// OnLogout is what a logout at the hub does; empty: Keep.
 	OnLogout OnLogout
+	// API asks the hub itself; nil: it is not asked.
+	API *HubAPI
 }
 
 // A Broker joins the parts; its methods are the flows. All of them may be
@@ -68,6 +70,7 @@ type Broker struct {
 	exchanges   flights[tokenKey, cachedToken]
 	adoptions   flights[string, ticket]
 	revocations flights[GrantKey, struct{}]
+	stops       flights[userKey, struct{}]
 	hints       sequels[subject]
 	watchers    visitors[ServerKey]
 	binds       flights[ServerKey, *server]
@@ -141,6 +144,11 @@ func (b *Broker) check() error {
 		if _, err := b.provider(r.Provider); err != nil {
 			errs = append(errs, fmt.Errorf("broker: rule %d: %w", i+1, err))
 		}
+		for name, h := range c.Hubs {
+			if r.OnRoleLost == StopServer && oneOf(r.Hubs, name) && h.API == nil {
+				errs = append(errs, fmt.Errorf("broker: rule %d: on_role_lost: stop_server needs the API of hub %s", i+1, name))
+			}
+		}
 		if need := r.RequireAttestation; need != "" && !slices.Contains(levels, need) {
 			errs = append(errs, fmt.Errorf("broker: rule %d: there is no level of attestation %q; there are %s", i+1, need, list(levels)))
 		}
@@ -185,6 +193,12 @@ func (b *Broker) Start(ctx context.Context) error {
 	b.work.Go(func() { every(watch, settleEvery, b.settle) })
 	b.work.Go(func() { every(watch, keepAliveEvery, b.keepAll) })
 	b.work.Go(func() { every(watch, revokeEvery, b.revokeAll) })
+	b.work.Go(func() { every(watch, stopEvery, b.stopAll) })
+	for name, h := range b.cfg.Hubs {
+		if h.API != nil {
+			b.work.Go(func() { b.sweep(watch, name, h.API) })
+		}
+	}
 	b.work.Go(func() { b.attend(keys) })
 	b.work.Go(func() { b.recheck(watch) })
 	b.work.Go(func() { b.finish(context.WithoutCancel(ctx), brokenOff) })
@@ -203,6 +217,7 @@ func (b *Broker) Close() {
 	b.refreshes.wait()
 	b.adoptions.wait()
 	b.revocations.wait()
+	b.stops.wait()
 	b.hints.wait()
 	b.binds.wait()
 	b.looks.wait()

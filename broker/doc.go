@@ -7,6 +7,7 @@
 //	login       login.go     Login → pending grant, handle; Claim → link, live grant
 //	spawn       registry.go  Register → directory, socket; Unregister
 //	            bind.go      Docker and the kernel confirm the container
+//	            sweep.go     servers and users that the hub no longer has
 //	            hubfacts.go  the hub's groups, and who else may open a server
 //	token       token.go     attest, match, decide, cache, refresh, narrow, confirm, record
 //	            watch.go     the same again whenever something changes
@@ -18,6 +19,7 @@
 //	            heal.go      a store that fell back is put right from journal.go
 //	disconnect  revoke.go    epoch and tombstone up, then the revision; also by a logout
 //	            revocation.go the provider is told of what had been handed out
+//	            roleloss.go  a lost role ends the session or stops servers, by rule
 //	notes       note.go      what brokers tell each other, so that none need ask often
 //	rebind      users.go     a user's name becomes another account's, which inherits nothing
 //	tell        outlook.go   why a grant is as it is, and what happens to it next
@@ -77,6 +79,7 @@
 //	store, registration  hub, host, user, server → Registration  Unregister                     another host acts on it
 //	store, token         as memory                               expiry                         as memory
 //	store, issued        hub, provider, sub → what was handed out  expiry of the last             a token leaves that is not in it
+//	store, stops         users of whose servers some are to be stopped  none is registered         it is believed without the rules
 //	store, revocations   grants of which something is to be revoked  nothing is to be            it is believed without the records
 //	store, broker        host → the keys its broker has           for ever                       a key is retired that it needs
 //	store, revision      one number                              for ever                       it ever falls

@@ -214,6 +214,9 @@ func (r *Rule) String() string {
 	if r.RequireAttestation != "" {
 		add("require_attestation", r.RequireAttestation)
 	}
+	if r.OnRoleLost != "" {
+		add("on_role_lost", string(r.OnRoleLost))
+	}
 	if r.MaxTTL > 0 {
 		add("max_ttl", r.MaxTTL.String())
 	}

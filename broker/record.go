@@ -27,6 +27,7 @@ const (
 	setRegistrations = "registrations" // host → servers registered there
 	setBrokers       = "brokers"       // all hosts of the deployment
 	setRevocations   = "revocations"   // grants that something is to be revoked of
+	setStops         = "stops"         // users of whose servers some are to be stopped
 )
 
 func (k GrantKey) record() Key {

@@ -72,7 +72,9 @@ func (h *HubAPI) Users(ctx context.Context) (map[broker.UserID][]broker.ServerNa
 	}
 }
 
-// Stop stops a server. One that is gone, or stops already, is no error.
+// Stop stops a server. One that is gone, or stops already, is no error. The hub
+// answers 400 alike for one that is not running and for one that is just starting:
+// that is an error, and whoever still finds the server registered asks again.
 func (h *HubAPI) Stop(ctx context.Context, user broker.UserID, server broker.ServerName) error {
 	path := "/users/" + url.PathEscape(string(user)) + "/server"
 	if server != "" {
@@ -83,10 +85,7 @@ func (h *HubAPI) Stop(ctx context.Context, user broker.UserID, server broker.Ser
 		return err
 	}
 	defer resp.Body.Close()
-	switch {
-	case resp.StatusCode/100 == 2, resp.StatusCode == http.StatusNotFound:
-		return nil
-	case resp.StatusCode == http.StatusBadRequest: // it has stopped, or is about to
+	if resp.StatusCode/100 == 2 || resp.StatusCode == http.StatusNotFound {
 		return nil
 	}
 	return h.refused("delete:servers", resp.StatusCode)

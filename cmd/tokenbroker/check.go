@@ -105,10 +105,13 @@ func (k checker) hubs() {
 		default:
 			k.add(key+".on_logout", "there is no %q; there are keep, stop_issuing and revoke", h.OnLogout)
 		}
+		if h.API != nil {
+			k.hubAPI(key+".api", h.API)
+		}
 		if h.Listener != nil {
 			k.listener(key+".listener", h.Listener)
-			k.c.Hubs[name] = h
 		}
+		k.c.Hubs[name] = h
 	}
 }
 
@@ -116,6 +119,17 @@ func (k checker) logins() {
 	for name, h := range k.c.Hubs {
 		k.provider("hubs."+string(name)+".login", h.Login)
 	}
+}
+
+func (k checker) hubAPI(key string, a *HubAPIConfig) {
+	switch u, err := url.Parse(a.URL); {
+	case a.URL == "":
+		k.add(key+".url", "is missing")
+	case err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http" || !strings.HasSuffix(strings.TrimRight(u.Path, "/"), "/api"):
+		k.add(key+".url", "is not a URL like http://127.0.0.1:8081/hub/api")
+	}
+	a.TokenFile = k.secret(key+".token_file", a.TokenFile, true)
+	a.CAFile = k.optionalFile(key+".ca_file", a.CAFile)
 }
 
 func (k checker) listener(key string, l *ListenerConfig) {
@@ -301,6 +315,23 @@ func (k checker) oneProvider(key string, p *ProviderConfig) {
 	}
 }
 
+func (k checker) onRoleLost(key string, r RuleConfig) {
+	switch r.OnRoleLost {
+	case "", broker.Deny, broker.RevokeGrants, broker.StopServer:
+	default:
+		k.add(key, "there is no %q; there are deny, revoke_grants and stop_server", r.OnRoleLost)
+		return
+	}
+	if len(r.Roles) == 0 && r.OnRoleLost != "" {
+		k.add(key, "the rule names no roles that could be lost")
+	}
+	for name, h := range k.c.Hubs {
+		if r.OnRoleLost == broker.StopServer && h.API == nil && (len(r.Hubs) == 0 || slices.Contains(r.Hubs, name)) {
+			k.add(key, "hub %s can't be asked to stop a server: give hubs.%s.api", name, name)
+		}
+	}
+}
+
 func (k checker) policy() {
 	if len(k.c.Policy) == 0 {
 		k.add("policy", "there is no rule, so that nobody would get a token")
@@ -316,6 +347,7 @@ func (k checker) policy() {
 		if need := r.RequireAttestation; need != "" && !slices.Contains(broker.Levels(), need) {
 			k.add(key+".require_attestation", "there is no level %q; there are %s", need, strings.Join(broker.Levels(), ", "))
 		}
+		k.onRoleLost(key+".on_role_lost", r)
 		for j, s := range r.Scopes {
 			if strings.ContainsAny(s, " \t") {
 				k.add(fmt.Sprintf("%s.scopes[%d]", key, j), "%q is not one scope; write several as [a, b]", s)

@@ -70,8 +70,23 @@ type HubConfig struct {
 	// revoke, the same and the provider ends the session. The hub's logout is heard
 	// only where our Python half is installed. Default: keep.
 	OnLogout broker.OnLogout `yaml:"on_logout,omitempty"`
+	// API is the hub's own, for what it tells nobody: servers and users that are
+	// gone, and to stop a server. Default: it is not asked.
+	API *HubAPIConfig `yaml:"api,omitempty"`
 	// Listener is a token endpoint for hubs without our Python half. Default: none.
 	Listener *ListenerConfig `yaml:"listener,omitempty"`
+}
+
+// HubAPIConfig is a hub's REST API.
+type HubAPIConfig struct {
+	// URL ends with /hub/api.
+	URL string `yaml:"url,omitempty"`
+	// TokenFile holds the API token of a service of the hub, whose role has the
+	// scopes list:users, read:servers and, for on_role_lost: stop_server,
+	// delete:servers, and no others.
+	TokenFile string `yaml:"token_file,omitempty"`
+	// CAFile holds who signed the hub's certificate. Default: the system's.
+	CAFile string `yaml:"ca_file,omitempty"`
 }
 
 // ListenerConfig is a TCP token endpoint.
@@ -228,6 +243,12 @@ type RuleConfig struct {
 	// pidfd or pidfd+ns, each better than those before. `tokenbroker status` shows
 	// what this host has. Default: any.
 	RequireAttestation string `yaml:"require_attestation,omitempty"`
+	// OnRoleLost is what happens to a user who loses the last of roles while he
+	// works: deny, the next token is refused; revoke_grants, his session at the
+	// provider ends, too, single sign-on included where it is one; or stop_server,
+	// the hub stops those of his servers that no rule gives anything any more, with
+	// unsaved work. Default: deny.
+	OnRoleLost broker.OnRoleLost `yaml:"on_role_lost,omitempty"`
 	// Provider is whose tokens. Default: the only one.
 	Provider broker.ProviderID `yaml:"provider,omitempty"`
 	// Audiences and Scopes are what may be asked for.

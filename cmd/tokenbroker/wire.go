@@ -89,7 +89,11 @@ func (p *parts) close() error {
 func (p *parts) broker(cfg *Config, log *slog.Logger) (*broker.Broker, error) {
 	hubs := map[broker.HubID]broker.Hub{}
 	for name, h := range cfg.Hubs {
-		hubs[name] = broker.Hub{Login: h.Login, OnLogout: h.OnLogout}
+		api, err := openHubAPI(h.API)
+		if err != nil {
+			return nil, fmt.Errorf("hub %s: %w", name, err)
+		}
+		hubs[name] = broker.Hub{Login: h.Login, OnLogout: h.OnLogout, API: api}
 	}
 	return broker.New(broker.Config{
 		Deployment: cfg.Deployment, Host: broker.HostID(cfg.Host), Contact: cfg.Contact, Version: versionText(),
@@ -97,6 +101,23 @@ func (p *parts) broker(cfg *Config, log *slog.Logger) (*broker.Broker, error) {
 		Store: p.store, Keys: p.keys, Attestor: p.attestor, Sockets: p.sockets,
 		Audit: p.audit, Log: log, Helper: cfg.Helper, Journal: cfg.Journal,
 	})
+}
+
+// openHubAPI makes what the broker asks of a hub; nil if it is not asked.
+func openHubAPI(c *HubAPIConfig) (*broker.HubAPI, error) {
+	if c == nil {
+		return nil, nil
+	}
+	token, err := readSecret(c.TokenFile)
+	if err != nil {
+		return nil, err
+	}
+	tls, err := clientTLS(c.CAFile)
+	if err != nil {
+		return nil, err
+	}
+	a := spawnerhook.NewHubAPI(c.URL, token, tls)
+	return &broker.HubAPI{Users: a.Users, Stop: a.Stop}, nil
 }
 
 func rules(policy []RuleConfig) []broker.Rule {
