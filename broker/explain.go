@@ -108,10 +108,12 @@ func (b *Broker) imagined(ctx context.Context, x *Explanation) *server {
 	x.Assumed = []string{
 		fmt.Sprintf("the %s %s on %s; it is taken for one that is started now", x.Server, why, b.cfg.Host),
 		"image: unknown, so rules that name images do not apply",
-		"shared: no",
 		fmt.Sprintf("attestation: %s, the best of this host", cmp.Or(w.Level, "unknown")),
+		fmt.Sprintf("shared: %t, unless the hub says otherwise at its start", s != nil && s.Shared),
 	}
-	return &server{Registration: Registration{Key: x.Server, Host: b.cfg.Host, Generation: later(0, b.pulse.now())}, workload: w}
+	next := &server{Registration: Registration{Key: x.Server, Host: b.cfg.Host, Generation: later(0, b.pulse.now())}, workload: w}
+	next.Shared = s != nil && s.Shared
+	return next
 }
 
 // wouldAnswer walks the line for s and returns what would refuse the request.
@@ -207,7 +209,6 @@ func (r *Rule) String() string {
 			add(l.name, "["+strings.Join(quoted(l.values), ", ")+"]")
 		}
 	}
-	add("provider", string(r.Provider))
 	if r.Shared {
 		add("shared", "true")
 	}
@@ -217,6 +218,7 @@ func (r *Rule) String() string {
 	if r.OnRoleLost != "" {
 		add("on_role_lost", string(r.OnRoleLost))
 	}
+	add("provider", string(r.Provider))
 	if r.MaxTTL > 0 {
 		add("max_ttl", r.MaxTTL.String())
 	}

@@ -135,6 +135,17 @@ func TestBothEdgesSayTheSame(t *testing.T) {
 	}
 }
 
+// What Register says has no trace in its answer.
+func TestBothEdgesPassOnThatAServerIsShared(t *testing.T) {
+	for why, ask := range map[string]func(*stack, proto.Message) said{"gRPC": askGRPC, "JSON": askJSON} {
+		s := newStack(t, setup{})
+		ask(s, &pb.RegisterRequest{User: "alice", ContainerName: "c", Shared: true})
+		if all := s.b.Registrations(); len(all) != 1 || !all[0].Shared {
+			t.Errorf("%s: registered are %+v", why, all)
+		}
+	}
+}
+
 // expire lets so much time pass that every access token of alice has ended. The
 // broker reads the time from the store anew after bob's login has moved the
 // revision.
