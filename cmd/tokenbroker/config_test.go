@@ -85,7 +85,7 @@ func TestAMinimalFileIsCompleted(t *testing.T) {
 		Keys:    KeysConfig{filepath.Join(dir, "keyset.json"), filepath.Join(dir, "kek")},
 		Providers: map[broker.ProviderID]ProviderConfig{"keycloak": {
 			Profile: "generic", Issuer: "https://sso.example.org/realms/lab", ClientID: "jupyterhub",
-			ClientSecretFile: filepath.Join(dir, "secret"), Roles: []string{"roles", "groups"},
+			ClientSecretFile: filepath.Join(dir, "secret"), Roles: []string{"roles", "groups"}, Rate: 100,
 		}},
 		Policy: []RuleConfig{{Roles: []string{"researcher"}, Provider: "keycloak", Audiences: []string{"storage"}, MaxTTL: 5 * time.Minute}},
 		Admin:  AdminConfig{"/run/tokenbroker/admin.sock"},
@@ -164,6 +164,9 @@ func TestMistakes(t *testing.T) {
 		{"two scopes in one", minimal + "- {scopes: [a, b c]}\n", `line 10: policy[1].scopes[1]: "b c" is not one scope; write several as [a, b]`},
 		{"groups, sharing and a level", minimal + "- {groups: [lab], shared: true, require_attestation: pidfd}\n", ""},
 		{"a narrowing that is none", strings.Replace(minimal, "client_id", "narrowing: some\n    client_id", 1), `there is no narrowing "some"`},
+		{"a rate", strings.Replace(minimal, "client_id", "rate: 20\n    client_id", 1), ""},
+		{"a rate that is none", strings.Replace(minimal, "client_id", "rate: -1\n    client_id", 1), "line 4: providers.keycloak.rate: is less than 1 request a second"},
+		{"a rate that is no number", strings.Replace(minimal, "client_id", "rate: 1/s\n    client_id", 1), `providers.keycloak.rate: "1/s" is not a number`},
 		{"an authentication that is none", strings.Replace(minimal, "client_id", "auth_style: magic\n    client_id", 1), "line 2: providers.keycloak: auth_style: it is client_secret_basic"},
 		{"an authority that is none", strings.Replace(minimal, "client_id", "ca_file: secret\n    client_id", 1), "line 2: providers.keycloak: "},
 		{"a key that opens another keyset", minimal + "keys: {kek_file: wrong-kek}\n", "line 10: keys: "},
