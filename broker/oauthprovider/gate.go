@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/sony/gobreaker/v2"
@@ -31,7 +32,10 @@ import (
 // (keys, userinfo) is counted and never held up: it must not be lost now.
 type gate struct {
 	log     *slog.Logger
-	line    *rate.Limiter
+	line    chan struct{} // holds one item while somebody is at the head of the line
+	inLine  atomic.Int32
+	longest int32         // the line that waitAtMost is enough for
+	pace    *rate.Limiter // asked by the head only, so that it knows of all that went before
 	breaker *gobreaker.TwoStepCircuitBreaker[struct{}]
 	rest    time.Duration               // how long the breaker stays open
 	reach   func(context.Context) error // whether the provider is there; spends nothing
@@ -78,8 +82,9 @@ func newGate(perSecond int, log *slog.Logger, reach func(context.Context) error)
 	// A limiter lets its burst through, and in the second after that the rest.
 	burst := max(1, perSecond/10)
 	g := &gate{
-		log: log, line: rate.NewLimiter(rate.Limit(perSecond-burst+1), burst),
-		rest: restFor + rand.N(restFor), reach: reach, failed: make(map[string]bool),
+		log: log, reach: reach, rest: restFor + rand.N(restFor), failed: make(map[string]bool),
+		line: make(chan struct{}, 1), longest: int32(perSecond * int(waitAtMost/time.Second)),
+		pace: rate.NewLimiter(rate.Limit(perSecond-burst+1), burst),
 	}
 	g.breaker = gobreaker.NewTwoStepCircuitBreaker[struct{}](gobreaker.Settings{
 		Timeout:       g.rest,
@@ -113,22 +118,43 @@ func (g *gate) pass(ctx context.Context, o op, who string, send func() error) er
 
 // wait returns when it is the request's turn.
 func (g *gate) wait(ctx context.Context, o op) error {
+	defer g.inLine.Add(-1)
+	before := g.inLine.Add(1) - 1
 	turn := ctx
 	if o&opCode == 0 {
 		if err := g.shut(); err != nil {
 			return err
 		}
+		if before > g.longest {
+			return tooMany()
+		}
 		var cancel context.CancelFunc
 		turn, cancel = context.WithTimeout(ctx, waitAtMost)
 		defer cancel()
 	}
-	err := g.line.Wait(turn)
+	err := g.head(turn)
 	switch {
 	case err == nil:
 		return nil
 	case ctx.Err() != nil:
 		return unreached(o, false, ctx.Err())
 	}
+	return tooMany()
+}
+
+// head waits until it is at the head of the line, and then for the pace.
+func (g *gate) head(ctx context.Context) error {
+	select {
+	case g.line <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-g.line }()
+	return g.pace.Wait(ctx)
+}
+
+// tooMany is the error of a request for which the line is too long.
+func tooMany() error {
 	return &broker.ProviderError{Class: broker.TryLater, Reason: "rate_limited", RetryAfter: waitAtMost + rand.N(waitAtMost)}
 }
 
@@ -163,8 +189,8 @@ func (g *gate) admit(ctx context.Context, o op) (done func(error), err error) {
 	return nil, g.refusal(g.rest)
 }
 
-// count is for a request that does not wait for its turn: later ones do instead.
-func (g *gate) count() { g.line.Reserve() }
+// count is for a request that does not wait for its turn: the line does instead.
+func (g *gate) count() { g.pace.Reserve() }
 
 // shut returns the error of a request that is not sent; nil: it may be.
 func (g *gate) shut() error {
