@@ -55,7 +55,7 @@ func TestAProviderInTroubleIsLeftAloneAndAskedAgain(t *testing.T) {
 				if e.RetryAfter < time.Second || e.RetryAfter > w.Rests()+time.Second || !e.Since.Equal(began) || e.Status != 0 {
 					t.Errorf("to be asked again in %v, failing since %v, status %d", e.RetryAfter, e.Since.Sub(began), e.Status)
 				}
-				wantClass(t, w.Revoke(t.Context(), broker.NewSecret("x")), broker.TryLater, "circuit_open")
+				wantClass(t, w.Revoke(t.Context(), broker.NewSecret("x"), broker.RefreshToken), broker.TryLater, "circuit_open")
 
 				time.Sleep(e.RetryAfter)
 				refreshes := len(w.requests("refresh_token"))
