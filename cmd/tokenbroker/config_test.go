@@ -116,7 +116,7 @@ policy:
 		`line 3: hubs.main.login: there is no provider "keykloak"; there are keycloak`,
 		`line 3: hubs.main.uid: "root" is not a number`,
 		`line 4: servers.attestation: there is no attestation "magic"; there are docker and process`,
-		`line 7: providers.keycloak.profile: there is no profile "keycloack"; there are generic, keycloak`,
+		`line 7: providers.keycloak.profile: there is no profile "keycloack"; there are dex, generic, indigo-iam, keycloak`,
 		`line 8: providers.keycloak.issuer: is not a URL with http:// or https://`,
 		`line 10: providers.keycloak.client_secret_file: DIR/absent does not exist`,
 		`line 12: policy[0].max_ttl: "5" is not a time with its unit, like 90s or 5m`,
