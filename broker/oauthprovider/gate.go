@@ -110,7 +110,7 @@ func (g *gate) pass(ctx context.Context, o op, who string, send func() error) er
 	defer hanging.Stop()
 	began := time.Now()
 	err = send()
-	v := verdict(o, err, time.Since(began))
+	v := verdict(err, time.Since(began))
 	g.note(who, v, err)
 	done(v)
 	return err
@@ -238,11 +238,9 @@ func (g *gate) refusal(after time.Duration) *broker.ProviderError {
 // verdict is what a request that took so long has shown of the provider as a
 // whole. An answer about one grant shows that it works; that our own caller went
 // away shows nothing, and neither does an answer that may be a gateway's.
-func verdict(o op, err error, took time.Duration) error {
+func verdict(err error, took time.Duration) error {
 	var e *broker.ProviderError
 	switch {
-	case err == nil && o&opLook != 0:
-		return errUnclear // a document, and perhaps a cache's
 	case err == nil:
 		return nil
 	case !errors.As(err, &e), errors.Is(e.Err, context.Canceled):

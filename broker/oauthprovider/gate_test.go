@@ -16,10 +16,10 @@ import (
 	"tokenbroker/broker/oauthprovider"
 )
 
-// fail has five users fail, which is enough for the provider to be in trouble.
-func (w *world) fail() {
+// fail has users fail; five are enough for the provider to be in trouble.
+func (w *world) fail(users int) {
 	w.t.Helper()
-	for i := range 5 {
+	for i := range users {
 		if err := w.refresh(fmt.Sprint("user", i)); err == nil {
 			w.t.Fatal("the provider should be in trouble")
 		}
@@ -50,14 +50,14 @@ func TestAProviderInTroubleIsLeftAloneAndAskedAgain(t *testing.T) {
 			inWorld(t, func(t *testing.T, w *world) {
 				set(w, true)
 				began := time.Now()
-				w.fail()
+				w.fail(5)
 				e := w.isHeldBack()
 				if e.RetryAfter < time.Second || e.RetryAfter > w.Rests()+time.Second || !e.Since.Equal(began) || e.Status != 0 {
 					t.Errorf("to be asked again in %v, failing since %v, status %d", e.RetryAfter, e.Since.Sub(began), e.Status)
 				}
 				wantClass(t, w.Revoke(t.Context(), broker.NewSecret("x"), broker.RefreshToken), broker.TryLater, "circuit_open")
 
-				time.Sleep(e.RetryAfter)
+				time.Sleep(e.RetryAfter + time.Millisecond)
 				refreshes := len(w.requests("refresh_token"))
 				if e := wantClass(t, w.refresh("alice"), broker.TryLater, "circuit_open"); !e.Since.Equal(began) {
 					t.Errorf("failing since %v", e.Since.Sub(began))
@@ -142,6 +142,32 @@ func TestWhatCountsAsTheProvidersTrouble(t *testing.T) {
 	}
 }
 
+func TestATroubleThatConcernsNobodyInParticularIsTheProviders(t *testing.T) {
+	for why, set := range map[string]func(*world){
+		"nobody listens":                func(w *world) { w.refuse(true) },
+		"discovery has had too much":    func(w *world) { w.status(429) },
+		"discovery finds a broken site": func(w *world) { w.status(500) },
+	} {
+		t.Run(why, func(t *testing.T) {
+			inWorld(t, func(t *testing.T, w *world) {
+				set(w)
+				for range 5 {
+					w.refresh("alice")
+				}
+				w.isHeldBack()
+				if err := w.login("bob"); err == nil || w.isHeldBack() == nil {
+					t.Error("a login at a provider that is away")
+				}
+				gets := len(w.requests("GET", ".well-known/openid-configuration"))
+				w.login("bob")
+				if now := len(w.requests("GET", ".well-known/openid-configuration")); now == gets && why != "nobody listens" {
+					t.Error("a login did not even ask")
+				}
+			}, func(c *oauthprovider.Config) { c.Endpoints = oauthprovider.Endpoints{} })
+		})
+	}
+}
+
 func TestCallersWhoGoAwayAreNoTroubleOfTheProvider(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.trouble(func(_ sent, _ http.ResponseWriter, r *http.Request) bool { <-r.Context().Done(); return true })
@@ -166,6 +192,12 @@ func TestOneUsersTroubleIsNotTheProviders(t *testing.T) {
 			}
 			return s.who == "alice"
 		})
+		w.refuse(true)
+		w.fail(4)
+		w.refuse(false)
+		if err := w.refresh("bob"); err != nil { // and what was before is over
+			t.Fatal(err)
+		}
 		for range 20 {
 			e := wantClass(t, w.refresh("alice"), broker.Lost, "unreadable_answer")
 			if e.Since.IsZero() {
@@ -213,7 +245,7 @@ func TestAProviderThatHangsForOneUserDoesNotSlowAnother(t *testing.T) {
 func TestALoginPassesAndWhatItShowsCounts(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.status(503)
-		w.fail()
+		w.fail(5)
 		w.isHeldBack()
 		if err := w.login("bob"); err == nil || len(w.requests("authorization_code")) != 1 {
 			t.Errorf("the login was not sent: %v", err)
@@ -239,7 +271,7 @@ func TestALoginPassesAndWhatItShowsCounts(t *testing.T) {
 func TestOneHangingProbeDoesNotKeepTheOthersOut(t *testing.T) {
 	inWorld(t, func(t *testing.T, w *world) {
 		w.status(503)
-		w.fail()
+		w.fail(5)
 		w.trouble(func(s sent, _ http.ResponseWriter, r *http.Request) bool {
 			if s.who == "alice" {
 				<-r.Context().Done()
@@ -279,6 +311,22 @@ func TestARetryAfterIsKeptToByAll(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestARetryAfterConcernsThoseWhoStandInLine(t *testing.T) {
+	inWorld(t, func(t *testing.T, w *world) {
+		w.refresh("bob")
+		w.status(503, "Retry-After", "20")
+		first := make(chan error, 1)
+		go func() { first <- w.refresh("bob") }()
+		synctest.Wait()
+		err := w.refresh("alice")
+		wantClass(t, <-first, broker.TryLater, "busy")
+		wantClass(t, err, broker.TryLater, "circuit_open")
+		if n := len(w.requests()); n != 2 {
+			t.Errorf("%d requests were sent, want 2", n)
+		}
+	}, func(c *oauthprovider.Config) { c.Rate = 1 })
 }
 
 func TestARetryAfterSwitchesNoProviderOff(t *testing.T) {
@@ -377,7 +425,11 @@ func TestALoginWaitsForItsTurnAsLongAsItsCaller(t *testing.T) {
 			all.Go(func() { w.refresh("alice") })
 		}
 		synctest.Wait()
+		began := time.Now()
 		wantClass(t, w.refresh("alice"), broker.TryLater, "rate_limited")
+		if d := time.Since(began); d > 0 {
+			t.Errorf("somebody stood in line for %v, for nothing", d)
+		}
 		if err := w.login("bob"); err != nil {
 			t.Errorf("got %v", err)
 		}
@@ -438,7 +490,7 @@ func TestCheckSaysSinceWhenAProviderIsInTrouble(t *testing.T) {
 			}
 			return s.kind != "GET"
 		})
-		w.fail()
+		w.fail(5)
 		for range 3 {
 			err := w.Check(t.Context())
 			if e := wantClass(t, err, broker.TryLater, "circuit_open"); !strings.Contains(e.Error(), since) || !strings.Contains(e.Error(), "nothing is sent to it for another") {

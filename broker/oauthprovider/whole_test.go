@@ -91,7 +91,7 @@ func TestValidTokensAreServedWhileTheBreakerIsOpen(t *testing.T) {
 		}
 		time.Sleep(time.Minute)
 		s.status(503)
-		s.fail()
+		s.fail(5)
 		s.isHeldBack()
 		for {
 			got, err := s.ask(alice)
