@@ -86,9 +86,12 @@ func (t *cachedToken) outstandingUntil() time.Time {
 // refresh with each request.
 func (t *cachedToken) lasts(k GrantKey, now time.Time, minTTL time.Duration) bool {
 	life := t.ExpiresAt.Sub(t.IssuedAt)
-	margin := min(30*time.Second, life/3)
-	early := k.spread(min(spreadOver, life/4))
-	return t.ExpiresAt.Sub(now) >= max(margin+early, min(minTTL, life-margin))
+	margin, over := min(30*time.Second, life/3), min(spreadOver, life/4)
+	left := t.ExpiresAt.Sub(now)
+	if left < max(margin, min(minTTL, life-margin)) {
+		return false
+	}
+	return left >= margin+over || left >= margin+k.spread(over)
 }
 
 func (t *cachedToken) valid(now time.Time) bool { return t.ExpiresAt.After(now) }
