@@ -48,6 +48,8 @@ const (
 	// secondCut is by how much a token may end before what expires_in says: a
 	// provider cuts the exp claim down to whole seconds (RFC 7519, section 2).
 	secondCut = time.Second
+	// spreadOver is how much of a long-lived token's life may go unused.
+	spreadOver = 2 * time.Minute
 	// freshFor is for how long a new token is not given up because a service
 	// refused it, so that a confused client can't burn refreshes.
 	freshFor = 30 * time.Second
@@ -76,14 +78,20 @@ func (t *cachedToken) outstandingUntil() time.Time {
 	return t.IssuedAt.Add(t.Life)
 }
 
-// lasts says whether the token is good for minTTL from now. A token that has
-// less than the margin left is replaced. For minTTL a token is replaced only
-// when it is at least a margin old: else a caller that wants more than the
-// provider gives would refresh with each request.
-func (t *cachedToken) lasts(now time.Time, minTTL time.Duration) bool {
+// lasts says whether the token, one of k's, is good for minTTL from now. A token
+// that has less than the margin left is replaced, and up to spreadOver before
+// that, for each grant at another point, so that tokens that were issued at once
+// are not replaced at once. For minTTL a token is replaced only when it is at
+// least a margin old: else a caller that wants more than the provider gives would
+// refresh with each request.
+func (t *cachedToken) lasts(k GrantKey, now time.Time, minTTL time.Duration) bool {
 	life := t.ExpiresAt.Sub(t.IssuedAt)
-	margin := min(30*time.Second, life/3)
-	return t.ExpiresAt.Sub(now) >= max(margin, min(minTTL, life-margin))
+	margin, over := min(30*time.Second, life/3), min(spreadOver, life/4)
+	left := t.ExpiresAt.Sub(now)
+	if left < max(margin, min(minTTL, life-margin)) {
+		return false
+	}
+	return left >= margin+over || left >= margin+k.spread(over)
 }
 
 func (t *cachedToken) valid(now time.Time) bool { return t.ExpiresAt.After(now) }

@@ -45,10 +45,10 @@
 // They show at every refresh, and between refreshes by the recheck: each broker
 // looks at the grants of users with a running server on its host, twice a minute
 // each, spread. A role that is taken away is refused RecheckWithin (60 s) and
-// confirmLease (250 ms) later at the worst, as long as the provider answers and
-// four looks at a time keep up; one that is given works as soon, without a
-// login. It is so where the provider shows the roles of now by a refresh token
-// that it does not spend: Keycloak does, by introspection. Elsewhere they
+// confirmLease (250 ms) later at the worst, as long as the provider answers, and
+// four looks at a time and its rate keep up; one that is given works as soon,
+// without a login. It is so where the provider shows the roles of now by a refresh
+// token that it does not spend: Keycloak does, by introspection. Elsewhere they
 // show at refreshes only: the worst case is the life of an access token.
 //
 // A provider that can't be asked changes nothing. If three subjects or more, and

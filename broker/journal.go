@@ -56,6 +56,7 @@ type journal struct {
 	file *os.File
 	end  int64 // of the last line
 	size int64 // of the file, with its room
+	look int64 // the end at which compact looks again
 	all  map[GrantKey]journalEntry
 }
 
@@ -225,10 +226,15 @@ func (j *journal) forget(k GrantKey, version int64) error {
 	return j.compact()
 }
 
-// compact writes the file anew once most of it is history.
+// compact writes the file anew once most of it is history. It does not measure
+// that each time: with thousands of grants it costs more than a write.
 func (j *journal) compact() error {
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	if j.end < j.look {
+		return nil
+	}
+	j.look = j.end + journalSlack/16
 	var text bytes.Buffer
 	for _, e := range j.all {
 		line, err := e.line()
@@ -256,7 +262,7 @@ func (j *journal) replace(text []byte) error {
 		return fmt.Errorf("compact journal: %w", err)
 	}
 	j.file.Close()
-	j.file, j.end, j.size = next, int64(len(text)), int64(len(text))
+	j.file, j.end, j.size, j.look = next, int64(len(text)), int64(len(text)), 0
 	return j.grow()
 }
 

@@ -620,7 +620,7 @@ func (b *Broker) hubsOwn(ctx context.Context, tk *ticket, accept func(*cachedTok
 		return t, false, err
 	}
 	t, err = b.whole(ctx, k, func(c *cachedToken) bool {
-		return c.Epoch == g.Epoch && c.lasts(b.pulse.now(), 0) && accept(c)
+		return c.Epoch == g.Epoch && c.lasts(k, b.pulse.now(), 0) && accept(c)
 	})
 	if errors.Is(err, ErrProviderDown) {
 		old, ok := b.recall(context.WithoutCancel(ctx), wholeKey(k), func(c *cachedToken) bool {

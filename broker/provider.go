@@ -159,7 +159,8 @@ type ProviderError struct {
 	Reason     string
 	Status     int           // HTTP status, 0 if there was no answer
 	Code       string        // the OAuth error code, if it is a known one
-	RetryAfter time.Duration // what the provider asked for
+	RetryAfter time.Duration // what the provider asked for, or when we ask it again
+	Since      time.Time     // since when its requests have failed, all of them; zero: not known
 	Err        error         // transport error, without URL or body
 }
 
@@ -174,6 +175,9 @@ func (e *ProviderError) Error() string {
 	}
 	if e.Err != nil {
 		s += ": " + e.Err.Error()
+	}
+	if !e.Since.IsZero() {
+		s += "; it has failed since " + e.Since.UTC().Format("2006-01-02 15:04:05 MST")
 	}
 	return s
 }

@@ -443,6 +443,9 @@ func told(p ProviderID, pe *ProviderError) error {
 		e = Errorf(Unsatisfiable, "%s does not give such a token (%s)", p, pe.Reason)
 	default:
 		e = Errorf(ProviderDown, "%s can't be asked at the moment", p)
+		if d := time.Since(pe.Since).Round(time.Second); !pe.Since.IsZero() && d > 0 {
+			e = Errorf(ProviderDown, "%s has been in trouble for %s; tokens that are valid are served to their end", p, d)
+		}
 		if pe.RetryAfter > 0 {
 			e.RetryAfter = pe.RetryAfter
 		}

@@ -162,7 +162,7 @@ func (b *Broker) obtain(ctx context.Context, g Grant, d Decision, want Want) (t 
 	}
 	now := b.pulse.now()
 	good := func(t *cachedToken) bool {
-		return t.Epoch == g.Epoch && t.lasts(now, want.MinTTL) && !t.refused(want.Rejected, now)
+		return t.Epoch == g.Epoch && t.lasts(g.Key, now, want.MinTTL) && !t.refused(want.Rejected, now)
 	}
 	t, cached = b.recall(ctx, newTokenKey(g.Key, d.Target), good)
 	if !cached {
@@ -233,7 +233,7 @@ func (b *Broker) exchange(ctx context.Context, p Provider, g Grant, d Decision, 
 // session may have been renewed since, once more from a new one.
 func (b *Broker) narrow(ctx context.Context, p Provider, g Grant, d Decision) (cachedToken, error) {
 	now := b.pulse.now()
-	whole, err := b.whole(ctx, g.Key, func(t *cachedToken) bool { return t.Epoch == g.Epoch && t.lasts(now, 0) })
+	whole, err := b.whole(ctx, g.Key, func(t *cachedToken) bool { return t.Epoch == g.Epoch && t.lasts(g.Key, now, 0) })
 	if err != nil {
 		return whole, err
 	}

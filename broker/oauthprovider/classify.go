@@ -12,8 +12,8 @@ import (
 type rule struct {
 	ops  op     // the requests it speaks of
 	code string // the OAuth error code
-	// text is the error_description; a "*" at its end stands for any rest. It is
-	// compared and then forgotten: some servers echo tokens in it.
+	// text is the error_description; a "*" stands for anything. It is compared and
+	// then forgotten: some servers echo tokens in it.
 	text   string
 	class  broker.ProviderClass
 	reason string
@@ -23,10 +23,22 @@ func (r rule) matches(o op, code, text string) bool {
 	if r.ops != 0 && r.ops&o == 0 || r.code != "" && r.code != code {
 		return false
 	}
-	if prefix, ok := strings.CutSuffix(r.text, "*"); ok {
-		return strings.HasPrefix(text, prefix)
+	return r.text == "" || like(text, r.text)
+}
+
+// like reports whether text is of pattern, in which "*" stands for anything.
+func like(text, pattern string) bool {
+	first, rest, ok := strings.Cut(pattern, "*")
+	if !ok {
+		return text == pattern
 	}
-	return r.text == "" || r.text == text
+	text, ok = strings.CutPrefix(text, first)
+	for i := 0; ok && i <= len(text); i++ {
+		if like(text[i:], rest) {
+			return true
+		}
+	}
+	return false
 }
 
 // common are the rules of RFC 6749, 7009 and 8693, for any server. A profile's
@@ -34,6 +46,12 @@ func (r rule) matches(o op, code, text string) bool {
 var common = []rule{
 	{opRefresh, "invalid_grant", "", broker.Dead, "refused"},
 	{opCode, "invalid_grant", "", broker.Dead, "code_refused"},
+	// Some servers speak of the token (INDIGO IAM), some in codes of their own
+	// (GitHub), which mean nothing else anywhere.
+	{opRefresh, "invalid_token", "", broker.Dead, "refused"},
+	{opRefresh, "bad_refresh_token", "", broker.Dead, "refused"},
+	{opCode, "bad_verification_code", "", broker.Dead, "code_refused"},
+	{0, "incorrect_client_credentials", "", broker.Misconfigured, "client_refused"},
 	// Of an exchange it is the access token that is dead, never the grant. RFC
 	// 8693 (section 2.2.2) has invalid_request for it, but for all else that is
 	// wrong with a request, too. That must not count as dead: the caller would

@@ -53,22 +53,32 @@ type reply struct {
 	body   []byte
 }
 
-// ask sends one token request and reads the answer.
-func (p *Provider) ask(ctx context.Context, m *metadata, o op, form url.Values) (*answer, error) {
-	r, err := p.post(ctx, m, o, m.Token, form)
-	if err != nil {
-		return nil, err
-	}
-	if r.status/100 == 2 {
-		if a := parseAnswer(r.body); a != nil {
-			return a, nil
-		}
-	}
-	return nil, p.profile.refusal(o, r)
+// ask sends one token request of who and reads the answer.
+func (p *Provider) ask(ctx context.Context, m *metadata, o op, who string, form url.Values) (a *answer, err error) {
+	err = p.post(ctx, m, o, m.Token, who, form, func(r *reply) bool {
+		a = parseAnswer(r.body)
+		return a != nil
+	})
+	return a, err
 }
 
-// post sends form exactly once.
-func (p *Provider) post(ctx context.Context, m *metadata, o op, endpoint string, form url.Values) (*reply, error) {
+// post sends form when its turn comes, once. What came back is read by read if
+// its status is favourable; if read can't make anything of it, it is a refusal.
+func (p *Provider) post(ctx context.Context, m *metadata, o op, endpoint, who string, form url.Values, read func(*reply) bool) error {
+	return p.gate.pass(ctx, o, who, func() error {
+		r, err := p.send(ctx, m, o, endpoint, form)
+		if err != nil {
+			return err
+		}
+		if r.status/100 == 2 && read(r) {
+			return nil
+		}
+		return p.profile.refusal(o, r)
+	})
+}
+
+// send sends form exactly once.
+func (p *Provider) send(ctx context.Context, m *metadata, o op, endpoint string, form url.Values) (*reply, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, endpoint, nil)
 	if err != nil {
 		return nil, &broker.ProviderError{Class: broker.Misconfigured, Reason: "bad_url"}

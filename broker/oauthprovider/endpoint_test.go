@@ -198,6 +198,12 @@ func TestARequestIsNeverRepeated(t *testing.T) {
 			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{\"access_token\":\""+secretAnswer)
 			c.Close()
 		}},
+		{"the connection is reset within the body", func(w http.ResponseWriter, r *http.Request) {
+			c := hijack(w)
+			io.WriteString(c, "HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{\"access_token\":\""+secretAnswer)
+			c.(*net.TCPConn).SetLinger(0)
+			c.Close()
+		}},
 		{"what comes back is not HTTP", func(w http.ResponseWriter, r *http.Request) {
 			c := hijack(w)
 			io.WriteString(c, "{\"access_token\":\""+secretAnswer+"\"}\r\n\r\n")

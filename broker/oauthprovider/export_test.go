@@ -1,6 +1,9 @@
 package oauthprovider
 
 import (
+	"context"
+	"net"
+	"net/http"
 	"time"
 
 	"tokenbroker/broker"
@@ -29,3 +32,12 @@ func ReadClaims(token, path string) (list, scopes []string, ok bool) {
 
 // MaxLife is the longest life that is believed.
 const MaxLife time.Duration = maxLife
+
+// Dial has p make its connections by dial.
+func (p *Provider) Dial(dial func(ctx context.Context, network, addr string) (net.Conn, error)) {
+	p.once.Transport.(*http.Transport).DialContext = dial
+	p.look.Transport.(bounded).next.(*http.Transport).DialContext = dial
+}
+
+// Rests is for how long p leaves the provider alone when it is in trouble.
+func (p *Provider) Rests() time.Duration { return p.gate.rest }

@@ -203,7 +203,7 @@ func (k keySet) VerifySignature(ctx context.Context, jwt string) ([]byte, error)
 
 // userinfo asks the userinfo endpoint with the new access token.
 func (p *Provider) userinfo(ctx context.Context, m *metadata, a *answer) (claims, error) {
-	ctx, cancel := context.WithTimeout(oidc.ClientContext(ctx, p.look), lookTimeout)
+	ctx, cancel := context.WithTimeout(oidc.ClientContext(ctx, p.oidc), lookTimeout)
 	defer cancel()
 	info, err := m.oidc.UserInfo(ctx, oauth2.StaticTokenSource(&oauth2.Token{AccessToken: a.access}))
 	if err != nil {

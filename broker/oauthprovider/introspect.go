@@ -20,21 +20,22 @@ func (p *Provider) Look(ctx context.Context, refresh broker.Secret, sub string) 
 	if len(p.profile.introspects) == 0 {
 		return broker.Identity{}, unsupported
 	}
-	m, err := p.metadata(ctx)
+	m, err := p.metadata(ctx, opIntrospect)
 	if err != nil {
 		return broker.Identity{}, err
 	}
 	if m.Introspection == "" {
 		return broker.Identity{}, unsupported
 	}
-	r, err := p.post(ctx, m, opIntrospect, m.Introspection, url.Values{"token": {refresh.Reveal()}})
+	var c claims
+	err = p.post(ctx, m, opIntrospect, m.Introspection, sub, url.Values{"token": {refresh.Reveal()}}, func(r *reply) bool {
+		c = decodeJSON(r.body)
+		return r.status == http.StatusOK
+	})
 	if err != nil {
 		return broker.Identity{}, err
 	}
-	if r.status != http.StatusOK {
-		return broker.Identity{}, p.profile.refusal(opIntrospect, r)
-	}
-	return p.introspected(decodeJSON(r.body), sub)
+	return p.introspected(c, sub)
 }
 
 // introspected reads an introspection answer. What is not plainly about our

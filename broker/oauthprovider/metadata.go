@@ -42,10 +42,10 @@ var algorithms = []string{
 	oidc.ES256, oidc.ES384, oidc.ES512, oidc.EdDSA,
 }
 
-// metadata returns what discovery found, and asks if nothing is known yet. All
-// who wait share one request, which no single caller can cancel; the next call
-// after a failure asks again.
-func (p *Provider) metadata(ctx context.Context) (*metadata, error) {
+// metadata returns what discovery found, and asks if nothing is known yet, in
+// the way of a request o. All who wait share one request, which no single caller
+// can cancel; the next call after a failure asks again.
+func (p *Provider) metadata(ctx context.Context, o op) (*metadata, error) {
 	if m := p.lastKnown(); m != nil {
 		return m, nil
 	}
@@ -55,7 +55,11 @@ func (p *Provider) metadata(ctx context.Context) (*metadata, error) {
 		}
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), p.timeout)
 		defer cancel()
-		m, err := p.discover(ctx)
+		var m *metadata
+		err := p.gate.pass(ctx, opLook|o&opCode, "", func() (err error) {
+			m, err = p.discover(ctx)
+			return err
+		})
 		if err != nil {
 			return nil, err
 		}
@@ -141,7 +145,7 @@ func (p *Provider) use(m *metadata, from string) (*metadata, error) {
 	m.Introspection = cmp.Or(e.Introspection, m.Introspection)
 	algs := slices.DeleteFunc(slices.Clone(m.IDTokenAlgs), func(a string) bool { return !slices.Contains(algorithms, a) })
 
-	ctx := oidc.ClientContext(context.Background(), p.look)
+	ctx := oidc.ClientContext(context.Background(), p.oidc)
 	m.oidc = (&oidc.ProviderConfig{
 		IssuerURL: m.Issuer, TokenURL: m.Token, UserInfoURL: m.Userinfo, JWKSURL: m.JWKS, Algorithms: algs,
 	}).NewProvider(ctx)

@@ -32,6 +32,31 @@ var profiles = map[string]profile{
 		userinfoRoles: true,
 	},
 
+	// dex is Dex 2.45. It calls dead tokens an invalid request.
+	"dex": {
+		narrowing:     broker.ByScope,
+		implied:       []string{"email", "groups", "offline_access", "openid", "profile"},
+		userinfoRoles: true,
+		rules: []rule{
+			{opRefresh, "invalid_request", "Refresh token is invalid or has already been claimed by another client.", broker.Dead, "unknown_token"},
+			{opRefresh, "invalid_request", "Refresh token expired.", broker.Dead, "expired"},
+			{opRefresh, "invalid_grant", "The session this refresh token belongs to has ended.", broker.Dead, "session_ended"},
+			{opRefresh, "invalid_request", "Requested scopes contain unauthorized scope(s)*", broker.Refused, "scope"},
+		},
+	},
+
+	// indigo-iam is INDIGO IAM 1.12. Who has not signed the usage policy gets
+	// invalid_grant, and tokens again once it is signed.
+	"indigo-iam": {
+		narrowing:     broker.ByScope,
+		implied:       []string{"email", "offline_access", "openid", "profile"},
+		userinfoRoles: true,
+		rules: []rule{
+			{opRefresh, "unauthorized", "User * is not active.", broker.Disabled, "user_disabled"},
+			{opRefresh, "invalid_grant", "User * needs to sign AUP*", broker.UserAction, "usage_policy"},
+		},
+	},
+
 	// keycloak is Keycloak 26. Its mappers put roles into the tokens, and leave
 	// out a claim that has no values, so userinfo knows no more than they do.
 	//

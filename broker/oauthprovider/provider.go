@@ -3,6 +3,7 @@
 //
 //	provider.go   Config, New and the methods of broker.Provider
 //	metadata.go   discovery: once, lazily, shared by all who wait
+//	gate.go       how often it is asked, and whether at all while it is in trouble
 //	endpoint.go   the token-endpoint client: one POST, never repeated
 //	answer.go     what a token answer says
 //	identity.go   whom it is about, and their roles
@@ -70,6 +71,7 @@ type Config struct {
 	Narrowing   broker.Narrowing    // empty: the profile's
 	Adopt       bool
 
+	Rate    int           // requests in any second, at most; 0: DefaultRate
 	Timeout time.Duration // of one call, all requests of it together; 0: 30 s
 	Log     *slog.Logger  // nil: none
 }
@@ -94,9 +96,11 @@ type Provider struct {
 	signer  *assertionSigner // nil without a private key
 	timeout time.Duration
 	log     *slog.Logger
+	gate    *gate
 
 	once *http.Client // for POSTs: a new connection each
 	look *http.Client // for GETs
+	oidc *http.Client // for go-oidc, which asks for keys and userinfo
 
 	discovering singleflight.Group
 	mu          sync.Mutex // guards known
@@ -120,6 +124,7 @@ func New(cfg Config) (*Provider, error) {
 		p.log.Warn("the provider is asked without TLS: whoever is on the way reads every token", "host", u.Host)
 	}
 	p.profile = profiles[cmp.Or(cfg.Profile, "generic")]
+	p.gate = newGate(cmp.Or(cfg.Rate, DefaultRate), p.log, p.reach)
 	if err := p.open(); err != nil {
 		return nil, err
 	}
@@ -146,6 +151,7 @@ func (p *Provider) open() error {
 		return err
 	}
 	p.once, p.look = clients(base, p.timeout)
+	p.oidc = &http.Client{Transport: counted{p.gate, p.look.Transport}, CheckRedirect: p.look.CheckRedirect, Timeout: p.timeout}
 	return nil
 }
 
@@ -178,11 +184,11 @@ func (p *Provider) Login(ctx context.Context, c broker.CodeGrant) (broker.Identi
 	}
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	m, err := p.metadata(ctx)
+	m, err := p.metadata(ctx, opCode)
 	if err != nil {
 		return broker.Identity{}, broker.Issued{}, err
 	}
-	a, err := p.ask(ctx, m, opCode, url.Values{
+	a, err := p.ask(ctx, m, opCode, c.Code.Fingerprint(), url.Values{
 		"grant_type":    {"authorization_code"},
 		"code":          {c.Code.Reveal()},
 		"code_verifier": {c.Verifier.Reveal()},
@@ -201,7 +207,7 @@ func (p *Provider) Login(ctx context.Context, c broker.CodeGrant) (broker.Identi
 func (p *Provider) Refresh(ctx context.Context, refresh broker.Secret, sub string, scopes []string) (broker.Identity, broker.Issued, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	m, err := p.metadata(ctx)
+	m, err := p.metadata(ctx, opRefresh)
 	if err != nil {
 		return broker.Identity{}, broker.Issued{}, err
 	}
@@ -209,7 +215,7 @@ func (p *Provider) Refresh(ctx context.Context, refresh broker.Secret, sub strin
 	if len(scopes) > 0 {
 		form.Set("scope", p.narrowed(scopes))
 	}
-	a, err := p.ask(ctx, m, opRefresh, form)
+	a, err := p.ask(ctx, m, opRefresh, cmp.Or(sub, refresh.Fingerprint()), form)
 	if err != nil {
 		return broker.Identity{}, broker.Issued{}, err
 	}
@@ -255,7 +261,7 @@ func (p *Provider) narrowed(scopes []string) string {
 func (p *Provider) Exchange(ctx context.Context, access broker.Secret, t broker.Target) (broker.Issued, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	m, err := p.metadata(ctx)
+	m, err := p.metadata(ctx, opExchange)
 	if err != nil {
 		return broker.Issued{}, err
 	}
@@ -271,7 +277,8 @@ func (p *Provider) Exchange(ctx context.Context, access broker.Secret, t broker.
 	if scopes := set(t.Scopes, p.cfg.Audiences[t.Audience], p.profile.exchanged); len(scopes) > 0 {
 		form.Set("scope", strings.Join(scopes, " "))
 	}
-	a, err := p.ask(ctx, m, opExchange, form)
+	who := cmp.Or(parseJWT(access.Reveal()).text("sub"), access.Fingerprint())
+	a, err := p.ask(ctx, m, opExchange, who, form)
 	if err != nil {
 		return broker.Issued{}, err
 	}
@@ -287,33 +294,33 @@ func (p *Provider) Exchange(ctx context.Context, access broker.Secret, t broker.
 func (p *Provider) Revoke(ctx context.Context, t broker.Secret, kind broker.TokenKind) error {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	m, err := p.metadata(ctx)
+	m, err := p.metadata(ctx, opRevoke)
 	if err != nil {
 		return err
 	}
 	if m.Revocation == "" {
 		return &broker.ProviderError{Class: broker.Misconfigured, Reason: "unsupported"}
 	}
-	r, err := p.post(ctx, m, opRevoke, m.Revocation, url.Values{
-		"token":           {t.Reveal()},
-		"token_type_hint": {string(kind)},
-	})
-	if err != nil {
-		return err
-	}
 	// Keycloak answers an unknown token with 200 and an error in the body; RFC
 	// 7009 counts it as done, and so do we.
-	if r.status/100 == 2 {
-		return nil
-	}
-	return p.profile.refusal(opRevoke, r)
+	return p.post(ctx, m, opRevoke, m.Revocation, t.Fingerprint(), url.Values{
+		"token":           {t.Reveal()},
+		"token_type_hint": {string(kind)},
+	}, func(*reply) bool { return true })
 }
 
-// Check says whether the provider answers now. What it learns about a moved
-// endpoint is used from then on.
+// Check asks the provider whether it is there, and says so too if it is, but the
+// requests that matter have failed and are held back.
 func (p *Provider) Check(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
+	p.gate.count()
+	return p.gate.said(p.reach(ctx))
+}
+
+// reach asks for what anybody may have, and spends nothing. What it learns about
+// a moved endpoint is used from then on.
+func (p *Provider) reach(ctx context.Context) error {
 	if p.cfg.Endpoints.Token != "" {
 		return p.knock(ctx, p.cfg.Endpoints.Token)
 	}
@@ -351,6 +358,7 @@ func (c Config) check() error {
 	add(!known, "profile: there is none called "+c.Profile+"; there are "+strings.Join(Profiles(), ", "))
 	add(c.ClientID == "", "client_id: it is needed")
 	add(c.Issuer == "" && c.Endpoints.Token == "", "issuer: it is needed, or endpoints.token for a server without discovery")
+	add(c.Rate < 0, "rate: it is less than 1")
 	add(c.Issuer == "" && c.DiscoveryURL != "", "issuer: it is needed with discovery_url; the document found there must name it")
 	for field, u := range map[string]string{
 		"issuer": c.Issuer, "discovery_url": c.DiscoveryURL,

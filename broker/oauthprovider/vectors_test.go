@@ -105,6 +105,10 @@ var genericVectors = []vector{
 	{"RFC 7009, another token type", "revoke", 400, `{"error":"unsupported_token_type"}`, broker.Misconfigured, "unsupported"},
 	{"RFC 7009, busy", "revoke", 503, ``, broker.TryLater, "busy"},
 
+	{"GitHub says it with 200", "refresh", 200, `{"error":"bad_refresh_token","error_description":"The refresh token passed is incorrect or expired.","error_uri":"https://docs.github.com/x"}`, broker.Dead, "refused"},
+	{"GitHub, code", "login", 200, `{"error":"bad_verification_code","error_description":"The code passed is incorrect or expired."}`, broker.Dead, "code_refused"},
+	{"GitHub, client", "refresh", 200, `{"error":"incorrect_client_credentials","error_description":"The client_id and/or client_secret passed are incorrect."}`, broker.Misconfigured, "client_refused"},
+
 	{"an error with 200", "refresh", 200, grant("x"), broker.Dead, "refused"},
 	{"an error that is an object", "refresh", 400, `{"error":{"code":"x"}}`, broker.TryLater, "unknown_answer"},
 	{"an error nobody knows", "refresh", 400, `{"error":"teapot"}`, broker.TryLater, "unknown_answer"},
@@ -124,8 +128,29 @@ var genericVectors = []vector{
 	{"a redirect that would repeat the POST", "refresh", 307, ``, broker.Misconfigured, "redirect"},
 }
 
+// dexVectors and indigoVectors were read in the servers' sources and tests, the
+// first of INDIGO's seen in the wild.
+var dexVectors = []vector{
+	{"unknown, or spent", "refresh", 400, failure("invalid_request", "Refresh token is invalid or has already been claimed by another client."), broker.Dead, "unknown_token"},
+	{"expired", "refresh", 400, failure("invalid_request", "Refresh token expired."), broker.Dead, "expired"},
+	{"a token of another client", "refresh", 400, grant("Refresh token is invalid or has already been claimed by another client."), broker.Dead, "refused"},
+	{"session ended", "refresh", 400, grant("The session this refresh token belongs to has ended."), broker.Dead, "session_ended"},
+	{"its storage is down", "refresh", 500, `{"error":"invalid_request"}`, broker.TryLater, "provider_error"},
+	{"scope", "refresh", 400, failure("invalid_request", `Requested scopes contain unauthorized scope(s): [\"x\"].`), broker.Refused, "scope"},
+	{"another invalid request", "refresh", 400, failure("invalid_request", "No refresh token is found in request."), broker.TryLater, "unknown_answer"},
+}
+
+var indigoVectors = []vector{
+	{"unknown, and echoed", "refresh", 401, failure("invalid_token", "Refresh token for value tok-1 was not found"), broker.Dead, "refused"},
+	{"account disabled", "refresh", 401, failure("unauthorized", "User test is not active."), broker.Disabled, "user_disabled"},
+	{"usage policy", "refresh", 400, grant("User test needs to sign AUP for this organization in order to proceed."), broker.UserAction, "usage_policy"},
+	{"another refusal", "refresh", 400, grant("x"), broker.Dead, "refused"},
+	{"client suspended", "refresh", 401, failure("invalid_client", "Client is suspended: password-grant"), broker.Misconfigured, "client_refused"},
+}
+
 func TestRecordedAnswersMeanWhatTheyMeant(t *testing.T) {
-	for profile, vectors := range map[string][]vector{"keycloak": keycloakVectors, "generic": genericVectors} {
+	all := map[string][]vector{"keycloak": keycloakVectors, "generic": genericVectors, "dex": dexVectors, "indigo-iam": indigoVectors}
+	for profile, vectors := range all {
 		for _, v := range vectors {
 			t.Run(profile+"/"+v.do+"/"+v.from, func(t *testing.T) {
 				posts := 0

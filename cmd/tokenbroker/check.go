@@ -304,6 +304,9 @@ func (k checker) oneProvider(key string, p *ProviderConfig) {
 	if n := broker.Narrowing(p.Narrowing); n != "" && n != broker.ByExchange && n != broker.ByScope && n != broker.Never {
 		k.add(key+".narrowing", "there is no narrowing %q; there are exchange, scope and none", n)
 	}
+	if p.Rate < 1 {
+		k.add(key+".rate", "is less than 1 request a second")
+	}
 	for sub, u := range map[string]string{
 		"issuer": p.Issuer, "discovery_url": p.DiscoveryURL, "proxy": p.Proxy, "redirect_uri": p.RedirectURI,
 		"endpoints.token": p.Endpoints.Token, "endpoints.userinfo": p.Endpoints.Userinfo, "endpoints.jwks": p.Endpoints.JWKS,

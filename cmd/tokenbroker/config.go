@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"tokenbroker/broker"
+	"tokenbroker/broker/oauthprovider"
 )
 
 // defaultConfigFile is read where --config names no other.
@@ -212,6 +213,11 @@ type ProviderConfig struct {
 	Narrowing string `yaml:"narrowing,omitempty"`
 	// Adopt takes refresh tokens that the hub has from before the broker.
 	Adopt bool `yaml:"adopt,omitempty"`
+	// Rate is how many requests this broker sends the provider in any second, of
+	// all kinds together. What is over it waits for up to 5 s, and is then told to
+	// come again later; a login waits longer. Default: 100, which is enough for
+	// 2,000 users with running servers on this host.
+	Rate int `yaml:"rate"`
 }
 
 // EndpointsConfig names a server's endpoints.
@@ -341,6 +347,7 @@ func (c *Config) fill() {
 	def(&c.Keys.KEKFile, "kek")
 	for name, p := range c.Providers {
 		def(&p.Profile, "generic")
+		def(&p.Rate, oauthprovider.DefaultRate)
 		if p.Roles == nil {
 			p.Roles = []string{"roles", "groups"}
 		}
