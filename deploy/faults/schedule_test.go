@@ -104,6 +104,7 @@ func TestHistoriesThatTheModelAcceptsAndRefuses(t *testing.T) {
 // lost is found and put right, and no grant is lost but for one that a broker held
 // that was killed between the provider's answer and its journal.
 func TestRandomSchedules(t *testing.T) {
+	t.Parallel()
 	seeds := []uint64{*seed}
 	if *seed == 0 {
 		seeds = nil

@@ -235,6 +235,7 @@ func (s *stage) cell(proof, what string, window bool, run func()) {
 // Redis, or the lease of what was read there, says that the rights are the same.
 // Whatever a refresh meets, the grant lives afterwards without a login.
 func TestStoreTrouble(t *testing.T) {
+	t.Parallel()
 	for _, tr := range troubles {
 		for _, cell := range []struct {
 			name string
@@ -377,6 +378,7 @@ func (s *stage) arm(step string) {
 // promised: no refresh token is sent that is spent, users are told to log in, and
 // a login serves the running container. The brokers' logs say what happened.
 func TestRedisThatForgetsEverything(t *testing.T) {
+	t.Parallel()
 	s := newStage(t, trouble{name: "restarted without persistence", settings: []string{"appendonly no"}})
 	r := row{proof: "store trouble", cell: s.name + ", at rest", runs: pick(5, 1), window: true, note: "nothing else can be"}
 	for range r.runs {
@@ -415,6 +417,7 @@ func TestRedisThatForgetsEverything(t *testing.T) {
 // broker that has the newer token puts it there: even if all others ask first.
 // New rights are told once the replica has them, and don't go back.
 func TestStalePromotion(t *testing.T) {
+	t.Parallel()
 	for _, tt := range []struct {
 		name   string
 		window bool
