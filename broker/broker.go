@@ -190,7 +190,7 @@ func (b *Broker) Start(ctx context.Context) error {
 	})
 	b.work.Go(func() { _ = b.cfg.Store.Listen(watch, b.heard) })
 	b.work.Go(func() { b.pulse.follow(watch) })
-	b.work.Go(func() { every(watch, settleEvery, b.settle) })
+	b.work.Go(func() { every(watch, scaled(settleEvery), b.settle) })
 	b.work.Go(func() { every(watch, keepAliveEvery, b.keepAll) })
 	b.work.Go(func() { every(watch, revokeEvery, b.revokeAll) })
 	b.work.Go(func() { every(watch, stopEvery, b.stopAll) })

@@ -44,6 +44,7 @@ func (b *Broker) healed(k GrantKey, g Grant, exists bool) (_ Grant, there, chang
 		if !has || e.EndedAt.After(own.LoginAt) {
 			return g, false, false
 		}
+		b.cfg.Log.Error("the store has lost a grant; it is restored from the journal", "grant", k, "version", own.Version)
 		return own, true, true
 	}
 	b.cfg.Log.Error("the store fell back to an older grant", "grant", k,
@@ -188,7 +189,28 @@ func (b *Broker) finish(ctx context.Context, brokenOff []GrantKey) {
 	few.Wait()
 }
 
-// settle forgets what the store has for sure.
+// mend puts the store right in e's grant, which it has fallen back in.
+func (b *Broker) mend(ctx context.Context, e journalEntry) {
+	healed := false
+	_, err := b.changeStored(ctx, e.Key, func(g *Grant, exists bool) error {
+		if *g, _, healed = b.healed(e.Key, *g, exists); !healed {
+			return errKeep
+		}
+		return nil
+	})
+	switch {
+	case errors.Is(err, ErrUnavailable):
+		return // the store is away, and has lost nothing
+	case err == nil && healed:
+		err = b.moveRevision(ctx)
+	}
+	if err != nil {
+		b.cfg.Log.Error("a grant that the store has lost can't be put right", "grant", e.Key, "err", err)
+	}
+}
+
+// settle forgets what the store has for sure, and puts right what it has lost:
+// other brokers leave such a grant to this one while its lease runs.
 func (b *Broker) settle(ctx context.Context) {
 	var boxes []journalEntry
 	for _, e := range b.journal.entries() {
@@ -196,7 +218,13 @@ func (b *Broker) settle(ctx context.Context) {
 			boxes = append(boxes, e)
 		}
 	}
-	boxes = slices.DeleteFunc(boxes, func(e journalEntry) bool { return !b.stored(ctx, e) })
+	boxes = slices.DeleteFunc(boxes, func(e journalEntry) bool {
+		there := b.stored(ctx, e)
+		if !there {
+			b.mend(ctx, e)
+		}
+		return !there
+	})
 	if len(boxes) == 0 {
 		return
 	}

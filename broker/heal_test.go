@@ -63,6 +63,75 @@ func TestStoreThatFallsBackGetsTheNewerRefreshToken(t *testing.T) {
 	})
 }
 
+// lagging makes the replica of r's store lag from now on.
+func (r *rig) lagging() {
+	r.store.Before(func(method string, _ broker.Key) error {
+		if method == "Replicated" || method == "Settle" {
+			return errors.New("the replica lags")
+		}
+		return nil
+	})
+}
+
+func TestNoRefreshTokenIsSpentThatAReplicaTakesForNew(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer func() { other.Close() }()
+		q := other.running("alice", 200)
+		expire()
+		r.lagging()
+		r.refused(p, broker.Want{}, broker.ErrUnavailable)
+		if n := r.provider.Calls("refresh"); n != 0 {
+			t.Errorf("%d refresh tokens were spent", n)
+		}
+		r.store.Before(nil)
+		began := time.Now()
+		other.token(q, broker.Want{})
+		if took := time.Since(began); took > time.Second {
+			t.Errorf("the other broker waited %s for a lease that nobody used", took)
+		}
+	})
+}
+
+func TestNewRightsAreToldOnceNoFailOverTakesThemBack(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.SetRoles("alice", "researcher", "admin")
+		r.provider.Next(brokertest.Answer{Before: r.lagging})
+		r.refused(p, broker.Want{}, broker.ErrUnavailable)
+		_, _, err := r.Disconnect(context.Background(), "root", "main", "alice", "")
+		refused(t, err, broker.ErrUnavailable)
+		r.store.Before(nil)
+		if gone, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil || len(gone) != 1 {
+			t.Errorf("the same again: %v, %v", gone, err)
+		}
+	})
+}
+
+func TestStoreThatFallsBackIsPutRightUnasked(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer func() { other.Close() }()
+		q := other.running("alice", 200)
+		var replica *brokertest.MemCopy
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() { replica = r.store.Copy(); r.lagging() }})
+		r.token(p, broker.Want{})
+		r.store.Fallback(replica) // with the lease, and without what came of it
+		r.store.Before(nil)
+		other.token(q, broker.Want{}) // waits until r has looked
+		if g := r.grant("alice"); g.State != broker.Live || r.provider.Calls("refresh") != 2 {
+			t.Errorf("the grant is %s (%s) after %d refreshes: a spent token was sent", g.State, g.Reason, r.provider.Calls("refresh"))
+		}
+	})
+}
+
 func TestDisconnectOutlivesAStoreThatForgetsIt(t *testing.T) {
 	for _, restart := range []bool{false, true} {
 		inBubble(t, func(r *rig) {

@@ -15,7 +15,9 @@ import (
 // theft. So, for one grant:
 //
 //	begin    one write that takes the lease and leaves the mark. If the store
-//	         can't accept it, no refresh token is spent.
+//	         and its replicas can't accept it, no refresh token is spent: a copy
+//	         that a fail-over may bring back shows the lease, and other brokers
+//	         leave the grant to us while we put it right (heal.go).
 //	send     only while the lease outlasts the provider's time limit.
 //	settle   one write that fits the answer: commit, or quarantine, or release.
 //	share    after a commit: the new access token, for all brokers; only then
@@ -186,7 +188,7 @@ func send(ctx context.Context, p Provider, began time.Time, refresh Secret, sub 
 
 // begin takes the lease on k. It is also the pre-flight write.
 func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, error) {
-	return b.changeGrant(ctx, k, func(g *Grant, exists bool) error {
+	g, err := b.changeGrant(ctx, k, func(g *Grant, exists bool) error {
 		now := b.pulse.now()
 		switch {
 		case !exists:
@@ -199,6 +201,21 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 		g.begin(b.lease(now))
 		return nil
 	})
+	if err == nil {
+		if err = b.replicated(ctx); err != nil {
+			b.release(ctx, g, false)
+		}
+	}
+	return g, err
+}
+
+// replicated returns once no fail-over takes back what was written.
+func (b *Broker) replicated(ctx context.Context) error {
+	err := b.cfg.Store.Replicated(ctx)
+	if err != nil {
+		err = Errorf(Unavailable, "a replica of the token broker's store lags").Because(err)
+	}
+	return err
 }
 
 // lease is one of our own, held by nobody else.
@@ -465,12 +482,16 @@ func (b *Broker) revokeAtProvider(ctx context.Context, id ProviderID, refresh Se
 }
 
 // move tells every broker that k's rights changed. It comes after the change:
-// whoever reads the new revision then reads the new rights.
+// whoever reads the new revision then reads the new rights. Once it has returned
+// without an error, no fail-over brings the old ones back.
 func (b *Broker) move(ctx context.Context, k GrantKey) error {
 	b.tokens.drop(k)
 	err := b.moveRevision(ctx)
 	b.inform(ctx, grantNote(k)) // a login and an end take the lease away
-	return err
+	if err != nil {
+		return err
+	}
+	return b.replicated(ctx)
 }
 
 func (b *Broker) moveRevision(ctx context.Context) error {

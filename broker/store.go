@@ -69,6 +69,12 @@ type Store interface {
 	// have been missed. heard must not wait.
 	Listen(ctx context.Context, heard func(note string)) error
 
+	// Replicated returns nil once the replicas that the back end has now, if it
+	// has any, have every change that was made before the call. An error says that
+	// this is not so, or not known: a fail-over may take those changes back. It
+	// takes a moment, and is for what must not be taken back once it is acted upon.
+	Replicated(ctx context.Context) error
+
 	// Settle returns nil once every change that was made before the call will
 	// outlive what the back end is built to outlive: its replicas have it, or
 	// its disk. It may take seconds. An error says that this is not so, or not

@@ -44,9 +44,9 @@ type memRecord struct {
 }
 
 // A Hook is called with the name of a method ("Get", "Put", "Delete", "Add",
-// "Remove", "Members", "Records", "Move", "Pulse", "Tell", "Settle", "Check") and
-// its key, if it has one. It may wait, and may call the store. If it returns an
-// error, so does the method.
+// "Remove", "Members", "Records", "Move", "Pulse", "Tell", "Replicated", "Settle",
+// "Check") and its key, if it has one. It may wait, and may call the store. If it
+// returns an error, so does the method.
 type Hook func(method string, k broker.Key) error
 
 // NewMemStore returns an empty store.
@@ -341,6 +341,11 @@ func (s *MemStore) Listen(ctx context.Context, heard func(note string)) error {
 		}
 	}
 	return ctx.Err()
+}
+
+// Replicated implements broker.Store: there are no replicas.
+func (s *MemStore) Replicated(ctx context.Context) error {
+	return s.do(ctx, "Replicated", broker.Key{}, func() error { return nil })
 }
 
 // Settle implements broker.Store: memory is as durable as it gets.

@@ -62,13 +62,26 @@ func startRedis(t testing.TB, settings []string, args ...string) *Redis {
 	return r
 }
 
-// Start starts the server (again) and returns when it answers.
+// Start starts the server (again) and returns when it answers and has read what
+// it has on disk.
 func (r *Redis) Start() {
+	r.t.Helper()
+	r.Launch()
+	r.Ready()
+}
+
+// Launch is Start that doesn't wait; see Ready.
+func (r *Redis) Launch() {
 	r.t.Helper()
 	r.process = exec.Command("redis-server", append([]string{filepath.Join(r.Dir, "redis.conf")}, r.args...)...)
 	if err := r.process.Start(); err != nil {
 		r.t.Fatal(err)
 	}
+}
+
+// Ready returns when the server answers and has read what it has on disk.
+func (r *Redis) Ready() {
+	r.t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	tick := time.NewTicker(5 * time.Millisecond)

@@ -28,6 +28,39 @@ var (
 	errNotTheSame = errors.New("it has restarted, or another took its place, and may have lost what was written before: look again what is there")
 )
 
+// Replicated implements broker.Store. A replica that has just come and is still
+// given a first copy does not count: nobody promotes it.
+func (s *Store) Replicated(ctx context.Context) error {
+	all, err := s.primaries(ctx)
+	if err != nil {
+		return s.explain("wait for the replicas", err)
+	}
+	errs := make([]error, len(all))
+	var asked sync.WaitGroup
+	for i, p := range all {
+		asked.Go(func() { errs[i] = s.replicatedAt(ctx, p) })
+	}
+	asked.Wait()
+	return errors.Join(errs...)
+}
+
+func (s *Store) replicatedAt(ctx context.Context, p primary) error {
+	text, err := p.client.Info(ctx).Result() // one section is more than a stand-in for Redis knows
+	if err != nil {
+		return s.explain("wait for the replicas", err)
+	}
+	online := strings.Count(text, "state=online")
+	if online == 0 {
+		return nil
+	}
+	c := p.client.Conn()
+	defer c.Close()
+	if err := c.Set(ctx, p.key, "1", time.Minute).Err(); err != nil {
+		return s.explain("wait for the replicas", err)
+	}
+	return s.replicated(ctx, c, online)
+}
+
 // Settle implements broker.Store. Replication is one stream, so a write of this
 // connection that the replicas have confirmed (WAIT) says that they have all
 // that came before it, whichever connection wrote it. In a cluster each master

@@ -52,6 +52,32 @@ func TestSettleWaitsForTheReplicas(t *testing.T) {
 	}
 }
 
+func TestReplicatedWaitsForTheReplicasThatThereAre(t *testing.T) {
+	t.Parallel()
+	port := freePort(t)
+	primary := brokertest.StartRedis(t, fmt.Sprintf("port %d", port), "bind 127.0.0.1", "protected-mode no", "repl-diskless-sync-delay 0")
+	s := open(t, redisstore.Config{Socket: primary.Socket})
+	if err := s.Replicated(t.Context()); err != nil {
+		t.Errorf("with none: %v", err)
+	}
+	replica := brokertest.StartRedis(t, fmt.Sprintf("replicaof 127.0.0.1 %d", port))
+	linked(t, primary.Socket)
+	if err := s.Put(t.Context(), broker.Key{Kind: "test"}, 0, []byte("box"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Replicated(t.Context()); err != nil {
+		t.Errorf("with one that listens: %v", err)
+	}
+	if n := raw(t, &redis.Options{Network: "unix", Addr: replica.Socket}).DBSize(t.Context()).Val(); n < 2 {
+		t.Errorf("the replica has %d keys", n)
+	}
+	replica.Freeze()
+	defer replica.Thaw()
+	if err := s.Replicated(t.Context()); err == nil || !strings.Contains(err.Error(), "0 of 1 have confirmed") {
+		t.Errorf("with one that hangs: %v", err)
+	}
+}
+
 // A primary that keeps nothing on disk comes back empty, and its replica follows.
 func TestSettleSaysOnceThatTheServerIsNotWhatItWas(t *testing.T) {
 	t.Parallel()

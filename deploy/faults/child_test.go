@@ -13,6 +13,7 @@ import (
 	"net/rpc"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -59,6 +60,7 @@ type Reply struct {
 	Sentence string
 	Next     string // what to do about it
 	Handle   string // after a login
+	Print    string // of the token
 }
 
 // A Service is the door of a broker process.
@@ -67,7 +69,7 @@ type Service struct{ s system }
 // A system keeps refresh tokens: ours, and how it is commonly done.
 type system interface {
 	login(ctx context.Context, c Call) (handle string, err error)
-	token(ctx context.Context, c Call) error
+	token(ctx context.Context, c Call) (print string, err error)
 }
 
 // child is the main function of a broker process: it answers calls on its
@@ -113,7 +115,9 @@ func (s *Service) Token(c Call, r *Reply) error {
 		ctx, hangUp = context.WithTimeout(ctx, c.Patience)
 		defer hangUp()
 	}
-	return r.of(s.s.token(ctx, c))
+	var err error
+	r.Print, err = s.s.token(ctx, c)
+	return r.of(err)
 }
 
 // Refresh is the hub's asking for a new token, as at a token endpoint.
@@ -166,8 +170,7 @@ func open() (system, error) {
 // ours is a Broker.
 type ours struct {
 	*broker.Broker
-	mu     sync.Mutex                 // guards served
-	served map[string]*sync.WaitGroup // users whose servers run here
+	mu sync.Mutex // lets one server be started at a time
 }
 
 func newOurs(c setup, p broker.Provider) (*ours, error) {
@@ -194,7 +197,7 @@ func newOurs(c setup, p broker.Provider) (*ours, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &ours{Broker: b, served: map[string]*sync.WaitGroup{}}, b.Start(context.Background())
+	return &ours{Broker: b}, b.Start(context.Background())
 }
 
 func (o *ours) login(ctx context.Context, c Call) (handle string, err error) {
@@ -208,30 +211,24 @@ func (o *ours) login(ctx context.Context, c Call) (handle string, err error) {
 	return t.Handle.Reveal(), err
 }
 
-func (o *ours) token(ctx context.Context, c Call) error {
+func (o *ours) token(ctx context.Context, c Call) (print string, err error) {
 	if err := o.serve(c.User); err != nil {
-		return err
+		return "", err
 	}
 	peer := &broker.Peer{Server: broker.ServerKey{Hub: "hub", User: broker.UserID(c.User)}, PID: 1}
-	_, err := o.Token(ctx, peer, broker.Want{Scopes: c.Scopes})
-	return err
+	t, err := o.Token(ctx, peer, broker.Want{Scopes: c.Scopes})
+	return t.Access.Fingerprint(), err
 }
 
-// serve starts the user's server here, once.
+// serve starts the user's server here, once, unless it was there before the
+// broker was.
 func (o *ours) serve(user string) error {
 	o.mu.Lock()
-	started, ok := o.served[user]
-	if !ok {
-		started = new(sync.WaitGroup)
-		started.Add(1)
-		o.served[user] = started
-	}
-	o.mu.Unlock()
-	if ok {
-		started.Wait()
+	defer o.mu.Unlock()
+	here := func(r broker.Registration) bool { return r.Key.User == broker.UserID(user) }
+	if slices.ContainsFunc(o.Registrations(), here) {
 		return nil
 	}
-	defer started.Done()
 	_, err := o.Register(context.Background(), "hub", broker.RegisterRequest{User: broker.UserID(user), ContainerName: "jupyter-" + user})
 	return err
 }

@@ -40,7 +40,11 @@ func (s *common) login(ctx context.Context, c Call) (handle string, err error) {
 	return "", s.redis.Set(ctx, "session:"+c.User, iss.RefreshToken.Reveal(), 0).Err()
 }
 
-func (s *common) token(ctx context.Context, c Call) error {
+func (s *common) token(ctx context.Context, c Call) (print string, err error) {
+	return "", s.get(ctx, c)
+}
+
+func (s *common) get(ctx context.Context, c Call) error {
 	token, lock := "token:"+c.User+":"+strings.Join(c.Scopes, " "), "lock:"+c.User
 	for {
 		if s.redis.Exists(ctx, token).Val() == 1 {

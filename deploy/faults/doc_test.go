@@ -1,7 +1,8 @@
 // Package faults proves that the broker never loses a grant: real broker
 // processes on a real redis-server, with real journals, against a provider that
 // takes a second use of a refresh token for theft, are killed, frozen, hung up on
-// and overrun.
+// and overrun, and their Redis is cut off, filled, restarted and replaced by a
+// replica that lags.
 //
 //	go test -tags failpoints ./deploy/faults                                            the short form, a minute
 //	go test -tags failpoints -count=1 -v -timeout 2h ./deploy/faults -args -long        the long form; prints a table
@@ -15,6 +16,9 @@
 //	pause_test.go      SIGSTOP of a broker past its lease, then SIGCONT
 //	storm_test.go      many callers on two and three brokers, and callers who hang up
 //	strangers_test.go  callers, hubs, kills and lost answers at the providers of others
+//	trouble_test.go    Redis that takes no changes, forgets, or falls back
+//	schedule_test.go   random trouble; the answers are checked against a model.
+//	                   -args -seed N runs one schedule again
 //	control_test.go    how it is commonly done, in a few lines, and what it loses here
 //
 // Every kill test is of a process, not of a machine: what was written to a file

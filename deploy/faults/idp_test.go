@@ -54,12 +54,15 @@ type idp struct {
 	// code logs a user in, and returns what the hub then gets.
 	code func(user string, scopes ...string) (code, verifier string, err error)
 
+	roles sync.RWMutex // one answer shows one state of the roles
+
 	mu      sync.Mutex // guards all below
 	latency time.Duration
-	arrived func() bool    // called before anything happens; true: nothing will
-	spent   func()         // called before the answer leaves
-	uses    map[string]int // refresh token → how often it was sent
-	gave    []string       // refresh tokens, in order
+	arrived func() bool         // called before anything happens; true: nothing will
+	spent   func()              // called before the answer leaves
+	uses    map[string]int      // refresh token → how often it was sent
+	gave    []string            // refresh tokens, in order
+	gives   func(access string) // called with each access token of a refresh, before the answer leaves
 }
 
 // startIDP starts a provider of a kind, with 64 users or more.
@@ -119,7 +122,9 @@ func (p *idp) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	time.Sleep(latency / 2)
 	answer := httptest.NewRecorder()
+	p.roles.RLock()
 	p.provider.ServeHTTP(answer, r.WithContext(context.WithoutCancel(r.Context())))
+	p.roles.RUnlock()
 	p.note(answer.Body.Bytes())
 	if spent != nil {
 		spent()
@@ -146,10 +151,20 @@ func refreshToken(r *http.Request) string {
 	return form.Get("refresh_token")
 }
 
-// note keeps the refresh token of an answer.
+// SetRoles replaces a user's roles, between two answers.
+func (p *idp) SetRoles(user string, roles ...string) {
+	p.roles.Lock()
+	defer p.roles.Unlock()
+	if err := p.Server.SetRoles(user, roles...); err != nil {
+		panic(err)
+	}
+}
+
+// note keeps what was given in an answer.
 func (p *idp) note(body []byte) {
 	var a struct {
 		Refresh string `json:"refresh_token"`
+		Access  string `json:"access_token"`
 	}
 	if json.Unmarshal(body, &a) != nil || a.Refresh == "" {
 		return
@@ -157,6 +172,9 @@ func (p *idp) note(body []byte) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.gave = append(p.gave, a.Refresh)
+	if p.gives != nil {
+		p.gives(a.Access)
+	}
 }
 
 func (p *idp) setLatency(d time.Duration) {

@@ -3,6 +3,7 @@
 package faults_test
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -31,7 +32,8 @@ type world struct {
 	t       *testing.T
 	idp     *idp
 	setup   setup
-	hurry   int // the lease is this many times shorter; 0: as it is
+	hurry   int     // the lease is this many times shorter; 0: as it is
+	wires   []*wire // of the brokers to Redis; none: each goes there by itself
 	brokers []*process
 }
 
@@ -47,15 +49,18 @@ func newWorld(t *testing.T, kind string, n int, edit ...func(*world)) *world {
 		t.Fatal(err)
 	}
 	w := &world{t: t, idp: startIDP(t, kind)}
-	w.setup = setup{
-		Dir: dir, Redis: brokertest.StartRedis(t).Socket, Issuer: w.idp.url, Secret: w.idp.secret,
-		Profile: w.idp.profile, Narrowing: broker.ByScope,
-	}
+	w.setup = setup{Dir: dir, Issuer: w.idp.url, Secret: w.idp.secret, Profile: w.idp.profile, Narrowing: broker.ByScope}
 	for _, e := range edit {
 		e(w)
 	}
+	if w.setup.Redis == "" && w.wires == nil {
+		w.setup.Redis = brokertest.StartRedis(t).Socket
+	}
 	for i := range n {
-		w.brokers = append(w.brokers, &process{w: w, host: fmt.Sprintf("host%d", i+1)})
+		w.brokers = append(w.brokers, &process{w: w, host: fmt.Sprintf("host%d", i+1), redis: w.setup.Redis})
+		if w.wires != nil {
+			w.brokers[i].redis = w.wires[i].at
+		}
 		w.brokers[i].start()
 	}
 	t.Cleanup(func() {
@@ -117,42 +122,52 @@ func (w *world) knows(b *process, user string) {
 
 // A process is one broker process.
 type process struct {
-	w    *world
-	host string
-	cmd  *exec.Cmd
-	rpc  *rpc.Client
+	w      *world
+	host   string
+	redis  string   // socket
+	errors *os.File // what it says when it can't start; nil: our own
+	cmd    *exec.Cmd
+	rpc    *rpc.Client
 }
 
 func (p *process) start() {
-	t := p.w.t
-	t.Helper()
+	p.w.t.Helper()
+	if err := p.launch(); err != nil {
+		p.w.t.Fatalf("%s did not start: %v", p.host, err)
+	}
+}
+
+// launch is start while the broker may find no store, and then ends.
+func (p *process) launch() error {
 	c := p.w.setup
-	c.Host = p.host
+	c.Host, c.Redis = p.host, p.redis
 	text, err := json.Marshal(c)
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	p.cmd = exec.Command(os.Args[0])
 	p.cmd.Env = append(os.Environ(), envChild+"="+string(text), fmt.Sprintf("TOKENBROKER_HURRY=%d", p.w.hurry))
-	p.cmd.Stderr = os.Stderr
+	p.cmd.Stderr = cmp.Or(p.errors, os.Stderr)
 	in, err := p.cmd.StdinPipe()
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	out, err := p.cmd.StdoutPipe()
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
+		return err
 	}
 	p.rpc = rpc.NewClient(struct {
 		io.Reader
 		io.WriteCloser
 	}{out, in})
 	if _, err := p.call("Ready", Call{}); err != nil {
-		t.Fatalf("%s did not start: %v", p.host, err)
+		p.end()
+		return err
 	}
+	return nil
 }
 
 // call asks the process; an error says that it died.
