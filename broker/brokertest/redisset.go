@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"strconv"
 	"strings"
@@ -125,21 +126,28 @@ func listening(t testing.TB, password string) (addr string, settings []string) {
 
 func port(r *Redis) string { return r.Addr[strings.LastIndexByte(r.Addr, ':')+1:] }
 
-// FreePort returns a TCP port on the loopback that nobody listens at, low enough
-// for a cluster's bus, which is 10000 above.
+// FreePort returns a TCP port on the loopback that nobody listens at, nor at the one
+// 10000 above, which is a cluster's bus. Both lie below the ports that the kernel
+// gives to connections, so that nobody gets them by chance before they are used.
 func FreePort(t testing.TB) int {
 	t.Helper()
-	for {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		port := l.Addr().(*net.TCPAddr).Port
-		l.Close()
-		if port < 55000 {
+	for range 1000 {
+		port := 12000 + rand.N(10000)
+		if free(port) && free(port+10000) {
 			return port
 		}
 	}
+	t.Fatal("no TCP port is free")
+	return 0
+}
+
+func free(port int) bool {
+	l, err := net.Listen("tcp", fmt.Sprint("127.0.0.1:", port))
+	if err != nil {
+		return false
+	}
+	l.Close()
+	return true
 }
 
 // await asks until there is no error.
