@@ -309,7 +309,7 @@ func (s *stage) serves(b *process, began time.Time) {
 // It returns when the provider has answered, and what the caller will be told.
 func (s *stage) inARefresh(happens func()) (told <-chan Reply) {
 	s.t.Helper()
-	arrived, goOn, spent := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	arrived, goOn, spent, never := make(chan struct{}), make(chan struct{}), make(chan struct{}), make(chan Reply)
 	s.idp.when(func() bool { close(arrived); <-goOn; return false }, func() { close(spent) })
 	said, wish := make(chan Reply, 1), s.fresh()
 	go func() {
@@ -320,11 +320,17 @@ func (s *stage) inARefresh(happens func()) (told <-chan Reply) {
 				said <- r
 				return
 			default:
-				s.t.Logf("%s: before any trouble a caller was told %+v", s.row.cell, r)
+			}
+			if !r.unavailable() {
+				never <- r
 			}
 		}
 	}()
-	<-arrived
+	select {
+	case <-arrived:
+	case r := <-never:
+		s.t.Fatalf("%s: before any trouble a caller was told %+v", s.row.cell, r)
+	}
 	s.idp.when(nil, nil)
 	happens()
 	close(goOn)
