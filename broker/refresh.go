@@ -275,9 +275,9 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 	case errors.Is(err, errMoved):
 		// A login was faster. The provider's answer is dropped, not revoked: on
 		// Keycloak that would end the newer login's session too.
-		b.dismiss(began.Key, next.Version)
+		b.dismiss(began, next)
 	case err != nil && !g.Tombstone.IsZero():
-		b.dismiss(began.Key, next.Version)
+		b.dismiss(began, next)
 		b.revokeLate(ctx, began.Key, iss.RefreshToken)
 	}
 	if err == nil && moved {
