@@ -57,6 +57,7 @@ type Broker struct {
 	audit     *audit
 	journal   *journal
 	pulse     pulse
+	settler   settler
 	started   time.Time
 
 	// What is kept in memory; doc.go has the table.
@@ -104,6 +105,7 @@ func New(cfg Config) (*Broker, error) {
 		providers: make(map[ProviderID]Provider),
 		vault:     vault{store: cfg.Store, keys: cfg.Keys, deployment: cfg.Deployment},
 		pulse:     pulse{store: cfg.Store, hints: make(chan struct{}, 1)},
+		settler:   settler{store: cfg.Store},
 		slots:     make(chan struct{}, 8),
 		closing:   make(chan struct{}),
 		stop:      func() {},
@@ -172,10 +174,7 @@ func (b *Broker) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	b.pulse.fellBack = func(ctx context.Context) error {
-		_, err := b.reconcile(ctx, false)
-		return err
-	}
+	b.pulse.fellBack = b.fellBack
 	if err := b.restore(ctx); err != nil {
 		return err
 	}
@@ -191,6 +190,7 @@ func (b *Broker) Start(ctx context.Context) error {
 	b.work.Go(func() { _ = b.cfg.Store.Listen(watch, b.heard) })
 	b.work.Go(func() { b.pulse.follow(watch) })
 	b.work.Go(func() { every(watch, scaled(settleEvery), b.settle) })
+	b.work.Go(func() { every(watch, beatEvery, func(ctx context.Context) { _ = b.pulse.sync(ctx) }) })
 	b.work.Go(func() { every(watch, keepAliveEvery, b.keepAll) })
 	b.work.Go(func() { every(watch, revokeEvery, b.revokeAll) })
 	b.work.Go(func() { every(watch, stopEvery, b.stopAll) })
@@ -222,6 +222,7 @@ func (b *Broker) Close() {
 	b.binds.wait()
 	b.looks.wait()
 	b.pulse.reads.wait()
+	b.settler.calls.wait()
 	if b.journal != nil {
 		b.journal.close()
 	}

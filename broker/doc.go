@@ -40,6 +40,16 @@
 // unless the revision it rests on was current at most 250 ms before. It also tells
 // the other brokers, which then confirm at once; nothing rests on their hearing it.
 //
+// # A store that falls back
+//
+// It has restarted, or another server has its place, or its revision fell: what it
+// has may be older than what has been answered. Each broker looks once a second at
+// least, whether somebody asks or not, and then writes again what its journal knows:
+// what it wrote itself, and the epochs, roles and disconnects of others that it has
+// read. Until all have had the time for that (3 s) none answers. A disconnect is
+// answered once the store has settled, so only one whose answer said that it may be
+// forgotten, or a backup that is put back, can undo what nobody knows who is left.
+//
 // # Roles that change at the provider
 //
 // They show at every refresh, and between refreshes by the recheck: each broker
@@ -70,7 +80,7 @@
 //	memory, views        hub, user → linked grants, groups       the revision moves; 30 s       it is used without its revision
 //	memory, tokens       grant, audience, scopes → access token  expiry; another epoch          it is used without the grant's epoch
 //	memory, pulse        revision and time of the store          250 ms; a note of a move       the host's clock is used instead
-//	disk, journal        grant → counters, newest sealed Grant   the store has it for sure      two processes write it
+//	disk, journal        grant → counters, roles, sealed Grant   the store has it for sure      two processes write it
 //	memory, Peer         connection → workload it attested as    the workload is another        it is kept past its connection
 //	store, grant         hub, provider, sub → Grant              for ever                       it opens at another key
 //	store, handle        fingerprint → grant or pending login    400 days; pending: 10 minutes  a tombstone leaves it good

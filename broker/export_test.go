@@ -33,3 +33,10 @@ func (b *Broker) Moves() <-chan struct{} { return b.pulse.moves() }
 
 // See takes note of a refresh token that was given life at now.
 func (e *Ending) See(life time.Duration, now time.Time) { e.see(life, now) }
+
+// ForgetJournal empties what b knows from its journal.
+func (b *Broker) ForgetJournal() {
+	b.journal.mu.Lock()
+	defer b.journal.mu.Unlock()
+	clear(b.journal.all)
+}

@@ -134,7 +134,9 @@ func (r grantRecord) open() Grant {
 func (g Grant) record() grantRecord { return grantRecord{Grant: g, Refresh: g.Refresh.Reveal()} }
 
 // loadGrant returns the grant at k as this broker knows it, which is newer than
-// the store's if the store fell back. It returns ErrAbsent if there is none.
+// the store's if the store fell back. It returns ErrAbsent if there is none. What
+// others have changed is noted, so that a store that forgets it hears it again
+// from everybody who has seen it.
 func (b *Broker) loadGrant(ctx context.Context, k GrantKey) (Grant, error) {
 	var r grantRecord
 	_, err := b.vault.load(ctx, k.record(), &r)
@@ -145,6 +147,7 @@ func (b *Broker) loadGrant(ctx context.Context, k GrantKey) (Grant, error) {
 	if !exists {
 		return Grant{}, ErrAbsent
 	}
+	b.witness(g)
 	return g, nil
 }
 

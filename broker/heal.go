@@ -6,6 +6,7 @@ import (
 	"errors"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"tokenbroker/broker/seal"
@@ -16,7 +17,8 @@ import (
 // then holds refresh tokens that are spent, and forgets disconnects. What this
 // broker wrote itself it still knows from its journal, and puts it right:
 //
-//	a lower epoch       is raised: what was decided under it stays void
+//	a lower epoch       is raised: what was decided under it stays void, and
+//	                    the roles of the newer one hold
 //	a lost disconnect   is made again, unless a login came after it
 //	a lower version     gets the newer refresh token, never over a tombstone;
 //	                    without one the grant is quarantined as store_lost
@@ -25,6 +27,15 @@ import (
 // settleEvery is how often the journal looks which of its boxes the store has
 // for sure.
 const settleEvery = 5 * time.Second
+
+const (
+	// beatEvery is how often a broker looks at the store when nobody asks for
+	// anything, so that it soon sees that the store has forgotten something.
+	beatEvery = time.Second
+	// othersWithin is for how long a broker that has seen that answers nobody: the
+	// others see it within a beat, and write again what they know.
+	othersWithin = 3 * beatEvery
+)
 
 // boxAlarm is how many boxes may wait for a store that does not settle before
 // the log says so.
@@ -54,20 +65,26 @@ func (b *Broker) healed(k GrantKey, g Grant, exists bool) (_ Grant, there, chang
 
 // heal is healed for a grant that is there but older.
 func (b *Broker) heal(g Grant, e journalEntry, own Grant, has bool) Grant {
-	epoch, ended := max(g.Epoch, e.Epoch), latest(g.EndedAt, e.EndedAt)
+	e.rights(&g)
+	epoch, roles, ended := g.Epoch, g.Roles, latest(g.EndedAt, e.EndedAt)
 	switch {
 	case g.Version >= e.Version:
 	case has && !g.Tombstone.After(own.LoginAt):
 		g = own
-	case g.Tombstone.IsZero():
-		g.end(NeedsLogin, "store_lost", b.pulse.now())
-		g.Spending = Spending{}
-		g.Version = e.Version
+	default:
+		if g.Tombstone.IsZero() {
+			g.end(NeedsLogin, "store_lost", b.pulse.now())
+			g.Spending = Spending{}
+		}
+		g.Version = e.Version // and once it is written, the store has not fallen back
 	}
-	g.Epoch, g.EndedAt = max(g.Epoch, epoch), ended
+	g.Epoch, g.Roles, g.EndedAt = max(g.Epoch, epoch), roles, ended
 	if ended.After(g.LoginAt) && g.Tombstone.IsZero() {
-		g.Tombstone = ended
-		g.State, g.Reason, g.Since = byAdministrator.state, byAdministrator.reason, ended
+		g.Tombstone, g.Since = ended, ended
+		g.State, g.Reason, g.Revocation = e.End.State, e.End.Reason, e.End.Revocation
+		if g.State == "" {
+			g.State, g.Reason = NeedsLogin, "store_lost" // and with it a login
+		}
 	}
 	return g
 }
@@ -76,7 +93,7 @@ func (b *Broker) boxPlace(k GrantKey, version int64) seal.Place {
 	return seal.Place{b.cfg.Deployment, "journal", string(k.Hub), string(k.Provider), k.Sub, strconv.FormatInt(version, 10)}
 }
 
-// boxed opens the grant in e, if it has one.
+// boxed opens the grant in e, if it has one, with the rights that e knows of.
 func (b *Broker) boxed(e journalEntry) (Grant, bool) {
 	if e.Box == nil {
 		return Grant{}, false
@@ -90,29 +107,77 @@ func (b *Broker) boxed(e journalEntry) (Grant, bool) {
 		b.cfg.Log.Error("a grant in the journal can't be opened", "grant", e.Key, "err", err)
 		return Grant{}, false
 	}
-	return r.open(), true
+	g := r.open()
+	e.rights(&g)
+	return g, true
+}
+
+// rights gives g the roles that e knows of if they are newer.
+func (e *journalEntry) rights(g *Grant) {
+	if e.Epoch > g.Epoch {
+		g.Epoch, g.Roles = e.Epoch, e.Roles
+	}
 }
 
 // note writes g down unless the journal knows all of it. The store has g, or is
 // about to be asked to take it; trouble with the disk is logged and no more.
 func (b *Broker) note(g Grant) {
-	old, known := b.journal.get(g.Key)
-	if known && old.Version >= g.Version && old.Epoch >= g.Epoch && !g.EndedAt.After(old.EndedAt) {
-		return
-	}
-	e := journalEntry{
-		Key: g.Key, Version: max(g.Version, old.Version), Epoch: max(g.Epoch, old.Epoch),
-		EndedAt: latest(g.EndedAt, old.EndedAt), Box: old.Box,
-	}
-	if g.Version > old.Version {
-		e.Box = b.box(g)
-	}
-	if !g.Tombstone.IsZero() {
-		e.Box = nil // a disconnected grant is never restored
-	}
-	if err := b.journal.write(e); err != nil {
+	err := b.journal.write(g.Key, func(e *journalEntry) bool {
+		news := e.learn(g)
+		if g.Version > e.Version {
+			e.Version, e.Box, news = g.Version, b.box(g), true
+		}
+		if !g.Tombstone.IsZero() {
+			e.Box = nil // a disconnected grant is never restored
+		}
+		return news
+	})
+	if err != nil {
 		b.cfg.Log.Error("the journal can't be written", "grant", g.Key, "err", err)
 	}
+}
+
+// witness notes rights and disconnects that others have written. It does not wait
+// for the disk: the store has them, and this only helps if it forgets them.
+func (b *Broker) witness(g Grant) {
+	known, _ := b.journal.get(g.Key)
+	if !known.learn(g) {
+		return
+	}
+	err := b.journal.add(g.Key, func(e *journalEntry) bool {
+		if !g.Tombstone.IsZero() {
+			e.Box = nil
+		}
+		return e.learn(g)
+	})
+	if err != nil {
+		b.cfg.Log.Error("the journal can't be written", "grant", g.Key, "err", err)
+	}
+}
+
+// endedAs is how g ended; Revocation is what is still to be done about it, if its
+// end should be forgotten: all of it, which may be done twice.
+func (g *Grant) endedAs() (e endedAs) {
+	if g.Tombstone.IsZero() {
+		return e
+	}
+	e = endedAs{State: g.State, Reason: g.Reason}
+	if g.Revocation != "" {
+		e.Revocation = RevocationPending
+	}
+	return e
+}
+
+// learn takes over what g says of rights and disconnects, and reports whether it
+// is news.
+func (e *journalEntry) learn(g Grant) (news bool) {
+	if g.Epoch > e.Epoch {
+		e.Epoch, e.Roles, news = g.Epoch, g.Roles, true
+	}
+	if g.EndedAt.After(e.EndedAt) {
+		e.EndedAt, e.End, news = g.EndedAt, g.endedAs(), true
+	}
+	return news
 }
 
 // box seals g for the journal; nil, which is logged, if it can't.
@@ -129,23 +194,52 @@ func (b *Broker) box(g Grant) []byte {
 	return box
 }
 
-// dismiss takes a provider's answer, which the store has refused, out of the
-// journal again.
-func (b *Broker) dismiss(k GrantKey, version int64) {
-	if err := b.journal.forget(k, version); err != nil {
-		b.cfg.Log.Error("the journal can't be written", "grant", k, "err", err)
+// dismiss takes a provider's answer that the store has refused out of the journal
+// again, and that its version was ever reached: else the store would seem to have
+// fallen back.
+func (b *Broker) dismiss(began, next Grant) {
+	err := b.journal.write(next.Key, func(e *journalEntry) bool {
+		ours := e.Version == next.Version
+		e.Version, e.Box = began.Version, nil
+		return ours
+	})
+	if err != nil {
+		b.cfg.Log.Error("the journal can't be written", "grant", next.Key, "err", err)
 	}
 }
 
-// reconcile puts the store right in all that this broker has written. It runs
-// whenever the store's revision has fallen, and at the start: then it also gives
-// back the leases that a crash has left, which other brokers wait for, and
+// fellBack runs before anything is believed of a store that may have forgotten
+// something: it has restarted, another server has its place, or its revision fell
+// below high. A disconnect that it forgot may be known to another broker only.
+func (b *Broker) fellBack(ctx context.Context, high int64, got Pulse) error {
+	if got.Revision < high {
+		b.cfg.Log.Error("the store has forgotten what was written last; what the brokers know of it is written again",
+			"revision", got.Revision, "known_revision", high)
+	} else {
+		b.cfg.Log.Warn("the store has restarted, or another server has taken its place; what it has is compared with the journal")
+	}
+	if _, err := b.reconcile(ctx, false); err != nil {
+		return err
+	}
+	hosts, err := b.cfg.Store.Members(ctx, brokersKey)
+	if err != nil {
+		return storeError(err, brokersKey)
+	}
+	if !slices.ContainsFunc(hosts, func(h string) bool { return h != string(b.cfg.Host) }) {
+		return nil
+	}
+	return pause(ctx, othersWithin)
+}
+
+// reconcile puts the store right in all that this broker has written or seen. It
+// runs whenever the store may have fallen back, and at the start: then it also
+// gives back the leases that a crash has left, which other brokers wait for, and
 // returns the grants whose refresh the crash broke off.
 func (b *Broker) reconcile(ctx context.Context, atStart bool) (brokenOff []GrantKey, err error) {
 	moved := false
 	for _, e := range b.journal.entries() {
 		wrote := false
-		_, err := b.changeGrant(ctx, e.Key, func(g *Grant, exists bool) error {
+		g, err := b.changeGrant(ctx, e.Key, func(g *Grant, exists bool) error {
 			wrote = exists
 			switch {
 			case !exists:
@@ -164,6 +258,8 @@ func (b *Broker) reconcile(ctx context.Context, atStart bool) (brokenOff []Grant
 			return nil, err
 		case err != nil && !errors.Is(err, errMoved):
 			b.cfg.Log.Error("a grant can't be compared with the journal", "grant", e.Key, "err", err)
+		case err == nil:
+			b.stillToRevoke(ctx, e, g)
 		}
 		moved = moved || wrote
 	}
@@ -187,6 +283,25 @@ func (b *Broker) finish(ctx context.Context, brokenOff []GrantKey) {
 		})
 	}
 	few.Wait()
+}
+
+// stillToRevoke puts into the queue a disconnect that the store forgot, and the
+// refresh token in e if the disconnect came before the store had it: a commit that
+// found the tombstone would have done so. The work on the queue is not begun: it
+// asks for the revision, which waits for us.
+func (b *Broker) stillToRevoke(ctx context.Context, e journalEntry, g Grant) {
+	own, has := b.boxed(e)
+	var err error
+	switch {
+	case g.Tombstone.IsZero():
+	case has && !own.Refresh.IsZero() && !own.Refresh.Equal(g.Refresh):
+		err = b.keepToRevoke(ctx, e.Key, own.Refresh)
+	case g.Revocation == RevocationPending:
+		err = b.revokeSoon(ctx, e.Key, func() error { return nil })
+	}
+	if err != nil {
+		b.cfg.Log.Warn("the provider is not told of a disconnect", "grant", e.Key, "err", err)
+	}
 }
 
 // mend puts the store right in e's grant, which it has fallen back in.
@@ -218,6 +333,7 @@ func (b *Broker) settle(ctx context.Context) {
 			boxes = append(boxes, e)
 		}
 	}
+	since := b.settler.failures()
 	boxes = slices.DeleteFunc(boxes, func(e journalEntry) bool {
 		there := b.stored(ctx, e)
 		if !there {
@@ -228,17 +344,55 @@ func (b *Broker) settle(ctx context.Context) {
 	if len(boxes) == 0 {
 		return
 	}
-	ctx, cancel := context.WithTimeout(ctx, 2*settleEvery)
-	defer cancel()
-	if err := b.cfg.Store.Settle(ctx); err != nil {
+	if err := b.settler.settled(ctx, since); err != nil {
 		if len(boxes) >= boxAlarm {
 			b.cfg.Log.Error("the store does not keep what it is given; the journal grows", "grants", len(boxes), "err", err)
 		}
 		return
 	}
 	for _, e := range boxes {
-		b.dismiss(e.Key, e.Version)
+		if err := b.journal.forget(e.Key, e.Version); err != nil {
+			b.cfg.Log.Error("the journal can't be written", "grant", e.Key, "err", err)
+		}
 	}
+}
+
+// A settler asks the store to settle, once for all who want to know.
+type settler struct {
+	store  Store
+	calls  flights[struct{}, time.Time]
+	failed atomic.Int64
+}
+
+// failures is to be read before what settled is asked about.
+func (s *settler) failures() int64 { return s.failed.Load() }
+
+// settled returns nil once the store has for sure what was written to it, or
+// found there, since failures returned since. A store says only once that it is
+// not the same any more, so a call that failed meanwhile counts, whoever made it.
+func (s *settler) settled(ctx context.Context, since int64) error {
+	asked := time.Now()
+	for {
+		began, err := s.calls.do(ctx, struct{}{}, s.ask)
+		switch {
+		case err != nil:
+			return err
+		case s.failures() != since:
+			return errors.New("the store changed meanwhile")
+		case !began.Before(asked):
+			return nil
+		}
+	}
+}
+
+func (s *settler) ask(ctx context.Context) (began time.Time, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 2*settleEvery)
+	defer cancel()
+	began = time.Now()
+	if err = s.store.Settle(ctx); err != nil {
+		s.failed.Add(1)
+	}
+	return began, err
 }
 
 // stored says whether the store has e's grant, or a newer one.

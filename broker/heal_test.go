@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -178,6 +179,65 @@ func TestDisconnectedGrantNeverComesBackFromAJournal(t *testing.T) {
 	})
 }
 
+func TestAnswerOfADeadBrokerIsNotStoredOverADisconnect(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer func() { other.Close() }()
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() { r.store.Fail(errors.New("away")) }})
+		r.refused(p, broker.Want{}, broker.ErrUnavailable)
+		r.Close() // and r is dead; the newest refresh token is in its journal and nowhere else
+		r.store.Fail(nil)
+		newest := r.provider.RefreshToken("alice")
+		if _, _, err := other.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+			t.Fatal(err)
+		}
+		r.start()
+		for range 3 {
+			r.refused(r.peer("alice", 100), broker.Want{}, broker.ErrRevoked)
+			time.Sleep(time.Minute) // what was read is read again
+		}
+		if !slices.Contains(r.provider.Revoked(), newest) {
+			t.Error("the token that is not kept is good at the provider for ever")
+		}
+		if n := strings.Count(r.log.String(), "the store fell back"); n != 1 {
+			t.Errorf("the log says %d times that the store fell back, want once", n)
+		}
+	})
+}
+
+func TestLostRoleStaysLostInAStoreThatForgetsIt(t *testing.T) {
+	for _, restart := range []bool{false, true} {
+		inBubble(t, func(r *rig) {
+			r.provider.SetLife(time.Hour)
+			r.loggedIn("alice")
+			p := r.running("alice", 100)
+			r.token(p, broker.Want{})
+			other := r.second()
+			defer func() { other.Close() }()
+			q := other.running("alice", 200)
+			other.token(q, broker.Want{})
+			backup := r.store.Copy()
+			r.afterALook()
+			r.provider.SetRoles("alice", "student")
+			time.Sleep(seenBy)
+			r.refused(p, broker.Want{}, broker.ErrDenied)
+			r.store.Fallback(backup)
+			r.provider.OnLook(func(*broker.Identity) error { return errors.New("away") }) // nobody sees it again
+			if restart {
+				r.restarted()
+				p = r.peer("alice", 100)
+			}
+			time.Sleep(time.Second)
+			r.refused(p, broker.Want{}, broker.ErrDenied)
+			time.Sleep(time.Second)
+			other.refused(q, broker.Want{}, broker.ErrDenied) // put right for all
+		})
+	}
+}
+
 func TestLoginAfterAllWasLostIsNotReplacedByAnOlderToken(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")
@@ -334,5 +394,89 @@ func TestReadingDuringACommitIsNoFallBack(t *testing.T) {
 		if strings.Contains(r.log.String(), "fell back") {
 			t.Error("the log says that the store fell back")
 		}
+	})
+}
+
+func TestAnAnswerThatIsRefusedIsNoFallBack(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() { r.disconnect() }})
+		r.refused(p, broker.Want{}, broker.ErrRevoked)
+		time.Sleep(time.Minute)
+		r.refused(p, broker.Want{}, broker.ErrRevoked)
+		if strings.Contains(r.log.String(), "fell back") {
+			t.Error("the log says that the store fell back")
+		}
+	})
+}
+
+func TestGrantThatIsRestoredHasTheRolesOfNow(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.onSettle(func() error { return errors.New("the replica lags") })
+		r.provider.SetLife(time.Hour)
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{}) // with it the journal has the grant
+		r.afterALook()
+		r.provider.SetRoles("alice", "student")
+		time.Sleep(seenBy)
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		k := broker.Key{Kind: "grant", Parts: []string{"main", "keycloak", "alice"}}
+		rec, err := r.store.Get(context.Background(), k)
+		if err == nil {
+			err = r.store.Delete(context.Background(), k, rec.Revision)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.provider.OnLook(func(*broker.Identity) error { return errors.New("away") }) // nobody sees it again
+		time.Sleep(time.Minute)                                                       // what was read is read again
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+	})
+}
+
+func TestLogoutThatTheStoreForgetsIsStillALogout(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		backup := r.store.Copy()
+		time.Sleep(time.Second)
+		if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+			t.Fatal(err)
+		}
+		r.store.Fallback(backup)
+		time.Sleep(time.Second)
+		if said := r.refused(p, broker.Want{}, broker.ErrLoginRequired); !strings.Contains(said.Sentence, "logged_out") {
+			t.Errorf("said %q", said.Sentence)
+		}
+		time.Sleep(time.Minute)
+		if n := len(r.provider.Revoked()); n != 0 {
+			t.Errorf("%d tokens were revoked at the provider, which nobody asked for", n)
+		}
+	}, func(c *broker.Config) {
+		c.Hubs = map[broker.HubID]broker.Hub{"main": {Login: "keycloak", OnLogout: broker.StopIssuing}}
+	})
+}
+
+func TestAnswerThatWaitsInTheJournalOfALivingBrokerIsRevokedToo(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer other.Close()
+		expire()
+		r.provider.Next(brokertest.Answer{Before: func() { r.store.Fail(errors.New("away")) }})
+		r.refused(p, broker.Want{}, broker.ErrUnavailable) // and the broker gave up
+		r.store.Fail(nil)
+		newest := r.provider.RefreshToken("alice")
+		other.disconnect()
+		r.store.Fallback(r.store.Copy()) // it restarts, and nothing is lost
+		time.Sleep(time.Minute)
+		if !slices.Contains(r.provider.Revoked(), newest) {
+			t.Error("the token that is not kept is good at the provider for ever")
+		}
+		r.refused(p, broker.Want{}, broker.ErrRevoked)
 	})
 }

@@ -43,10 +43,20 @@ var errJournalFull = errors.New("the journal has no room")
 type journalEntry struct {
 	Key     GrantKey
 	Version int64     // the highest that this broker has written
-	Epoch   int64     // likewise
-	EndedAt time.Time // of the last disconnect it has written
+	Epoch   int64     // the highest that it has written or read
+	Roles   []string  // as of Epoch; none are known: none
+	EndedAt time.Time // of the last disconnect or logout that it has written or read
+	// End says how that was, if it was seen before a login came after it.
+	End endedAs
 	// Box is the sealed grant at Version, until the store has it for sure.
 	Box []byte `json:",omitempty"`
+}
+
+// endedAs is what a grant says of its end.
+type endedAs struct {
+	State      GrantState
+	Reason     string
+	Revocation Revocation
 }
 
 type journal struct {
@@ -85,15 +95,15 @@ func openJournal(path string) (*journal, error) {
 
 // name reads the journal's id, or gives it one.
 func (j *journal) name() error {
-	e, ok := j.get(GrantKey{})
-	if !ok {
-		e.Box = []byte(rand.Text())
-		if err := j.write(e); err != nil {
-			return err
+	err := j.write(GrantKey{}, func(e *journalEntry) bool {
+		fresh := e.Box == nil
+		if fresh {
+			e.Box = []byte(rand.Text())
 		}
-	}
-	j.id = string(e.Box)
-	return nil
+		j.id = string(e.Box)
+		return fresh
+	})
+	return err
 }
 
 // read takes in the lines up to the first that is not whole.
@@ -190,37 +200,57 @@ func (j *journal) grow() error {
 	return nil
 }
 
-// write makes e what the journal knows of its grant. When it returns nil, a
-// crash doesn't lose it.
-func (j *journal) write(e journalEntry) error {
+// write lets change alter what the journal knows of k, unless it returns false.
+// Nobody comes between: two flows may learn of one grant at once. When write
+// returns nil, a crash doesn't lose what was written.
+func (j *journal) write(k GrantKey, change func(e *journalEntry) bool) error {
+	return j.append(k, change, func() error {
+		failpoint("journal written")
+		if err := j.file.Sync(); err != nil {
+			return fmt.Errorf("sync journal: %w", err)
+		}
+		return nil
+	})
+}
+
+// add is write that does not wait for the disk: a machine that dies may lose it.
+func (j *journal) add(k GrantKey, change func(e *journalEntry) bool) error {
+	return j.append(k, change, func() error { return nil })
+}
+
+func (j *journal) append(k GrantKey, change func(e *journalEntry) bool, sync func() error) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	e := j.all[k]
+	e.Key = k
+	if !change(&e) {
+		return nil
+	}
 	line, err := e.line()
 	if err != nil {
 		return err
 	}
-	j.mu.Lock()
-	defer j.mu.Unlock()
 	if _, err := j.file.WriteAt(line, j.end); err != nil {
 		return fmt.Errorf("write journal: %w", err)
 	}
-	failpoint("journal written")
-	if err := j.file.Sync(); err != nil {
-		return fmt.Errorf("sync journal: %w", err)
+	if err := sync(); err != nil {
+		return err
 	}
 	j.end += int64(len(line))
 	j.size = max(j.size, j.end)
-	j.all[e.Key] = e
+	j.all[k] = e
 	return nil
 }
 
 // forget drops the box of k if it still is the one at version: the store has it
 // for sure. What was the highest stays known.
 func (j *journal) forget(k GrantKey, version int64) error {
-	e, ok := j.get(k)
-	if !ok || e.Version != version || e.Box == nil {
-		return nil
-	}
-	e.Box = nil
-	if err := j.write(e); err != nil {
+	err := j.write(k, func(e *journalEntry) bool {
+		had := e.Version == version && e.Box != nil
+		e.Box = nil
+		return had
+	})
+	if err != nil {
 		return err
 	}
 	return j.compact()

@@ -23,9 +23,13 @@ func openTestJournal(t *testing.T, path string) *journal {
 
 func testEntry(sub string, version int64) journalEntry {
 	return journalEntry{
-		Key: GrantKey{"main", "keycloak", sub}, Version: version, Epoch: 7,
+		Key: GrantKey{"main", "keycloak", sub}, Version: version, Epoch: 7, Roles: []string{"keycloak:roles/researcher"},
 		EndedAt: time.UnixMicro(42).UTC(), Box: []byte("box of " + sub),
 	}
+}
+
+func writeEntry(j *journal, e journalEntry) error {
+	return j.write(e.Key, func(old *journalEntry) bool { *old = e; return true })
 }
 
 func TestJournalRemembersTheNewest(t *testing.T) {
@@ -33,7 +37,7 @@ func TestJournalRemembersTheNewest(t *testing.T) {
 	j := openTestJournal(t, path)
 	for v := range int64(3) {
 		for _, sub := range []string{"alice", "bob"} {
-			if err := j.write(testEntry(sub, v+1)); err != nil {
+			if err := writeEntry(j, testEntry(sub, v+1)); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -55,7 +59,7 @@ func TestJournalRemembersTheNewest(t *testing.T) {
 
 func TestJournalForgetsOnlyTheVersionThatIsSafe(t *testing.T) {
 	j := openTestJournal(t, filepath.Join(t.TempDir(), "journal"))
-	j.write(testEntry("alice", 2))
+	writeEntry(j, testEntry("alice", 2))
 	j.forget(testEntry("alice", 0).Key, 1)
 	if e, _ := j.get(testEntry("alice", 0).Key); e.Box == nil {
 		t.Error("the box of version 2 went when version 1 was safe")
@@ -65,9 +69,9 @@ func TestJournalForgetsOnlyTheVersionThatIsSafe(t *testing.T) {
 func TestJournalSkipsATornTailAndGoesOnBeforeIt(t *testing.T) {
 	whole := filepath.Join(t.TempDir(), "whole")
 	j := openTestJournal(t, whole)
-	j.write(testEntry("alice", 1))
+	writeEntry(j, testEntry("alice", 1))
 	first := j.end
-	j.write(testEntry("alice", 2))
+	writeEntry(j, testEntry("alice", 2))
 	text, err := os.ReadFile(whole)
 	if err != nil {
 		t.Fatal(err)
@@ -82,7 +86,7 @@ func TestJournalSkipsATornTailAndGoesOnBeforeIt(t *testing.T) {
 			if e, ok := j.get(testEntry("alice", 0).Key); !ok || e.Version != 1 {
 				t.Fatalf("cut at %d: got %+v, want version 1", cut, e)
 			}
-			j.write(testEntry("alice", 3))
+			writeEntry(j, testEntry("alice", 3))
 			j.close()
 			j = openTestJournal(t, path)
 			if e, _ := j.get(testEntry("alice", 0).Key); e.Version != 3 {
@@ -108,7 +112,7 @@ func TestJournalStaysBounded(t *testing.T) {
 	e.Box = bytes.Repeat([]byte{'x'}, 30<<10)
 	for v := range int64(400) {
 		e.Version = v + 1
-		if err := j.write(e); err != nil {
+		if err := writeEntry(j, e); err != nil {
 			t.Fatal(err)
 		}
 		if err := j.forget(e.Key, e.Version); err != nil {
@@ -138,7 +142,7 @@ func TestAnswerFitsWhereThereWasRoom(t *testing.T) {
 	}
 	size := j.size
 	for v := range int64(8) {
-		j.write(testEntry("alice", v+1))
+		writeEntry(j, testEntry("alice", v+1))
 	}
 	if j.size != size {
 		t.Error("writing grew the file; what is not there yet may not fit")

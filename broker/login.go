@@ -552,7 +552,12 @@ func (b *Broker) hubConfirm(ctx context.Context, e *Entry) error {
 	if e.Epoch == 0 {
 		return nil // no grant's token: a login that waits to be claimed
 	}
-	g, err := b.loadGrant(context.WithoutCancel(ctx), GrantKey{e.Hub, e.Provider, e.Sub})
+	ctx = context.WithoutCancel(ctx)
+	err := b.pulse.anew(ctx) // if the store fell back, that is found out first
+	var g Grant
+	if err == nil {
+		g, err = b.loadGrant(ctx, GrantKey{e.Hub, e.Provider, e.Sub})
+	}
 	if err == nil {
 		err = g.usable(g.Issuer)
 	}

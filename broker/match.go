@@ -106,7 +106,7 @@ func (b *Broker) look(ctx context.Context, k userKey, revision int64) (*view, er
 		g.Refresh = Secret{}
 		v.grants[p] = g
 	}
-	return v, nil
+	return v, b.pulse.anew(ctx)
 }
 
 // grant returns the user's grant at p.

@@ -21,17 +21,22 @@ type pulse struct {
 	store Store
 	reads flights[int64, struct{}] // by doubts: what began under fewer proves less
 	hints chan struct{}            // holds one item until follow has seen to hinted
-	// fellBack is called before a revision is believed that is lower than one
-	// that was read before: the store has forgotten something.
-	fellBack func(context.Context) error
+	// fellBack is called before a pulse is believed of another server, or with a
+	// lower revision than high: the store may have forgotten something. Once for
+	// all reads that see it, by server.
+	fellBack func(ctx context.Context, high int64, got Pulse) error
+	falls    flights[string, struct{}]
 
 	mu     sync.Mutex // guards all below
 	last   Pulse
 	at     time.Time // when the read of last began, by our monotonic clock
 	high   int64     // the highest revision that was read or made here
+	server string    // that answered
 	doubts int64     // how often it turned out that what was read may be over
 	seen   int64     // the doubts when the read of last began
 	hinted int64     // the highest revision that others spoke of since follow looked
+	begun  int64     // how many reads have begun
+	done   int64     // the last of them that brought something
 	told   int64     // the last revision that was read or made here; see moves
 	change chan struct{}
 }
@@ -67,6 +72,28 @@ func (p *pulse) readAnew(ctx context.Context) error {
 	return err
 }
 
+// anew reads once more. What was read from the store before the call is of the
+// store that the pulse then is of, if the revision is the same: one that restarts
+// within the lease may have come back older.
+func (p *pulse) anew(ctx context.Context) error {
+	begun, _ := p.progress()
+	for {
+		if err := p.readAnew(ctx); err != nil {
+			return err
+		}
+		if _, done := p.progress(); done > begun {
+			return nil
+		}
+	}
+}
+
+// progress is how many reads have begun, and the last one that brought something.
+func (p *pulse) progress() (begun, done int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.begun, p.done
+}
+
 // before is what has to be known before a read: what we move meanwhile is no sign
 // of a fall, and what is doubted meanwhile stays in doubt.
 func (p *pulse) before() (high, doubts int64) {
@@ -84,34 +111,66 @@ func (p *pulse) confirmed() (int64, bool) {
 }
 
 func (p *pulse) read(ctx context.Context) (none struct{}, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
-	defer cancel()
 	high, doubts := p.before()
-	began := time.Now()
-	got, err := p.store.Pulse(ctx)
-	if err == nil && got.Revision < high && p.fellBack != nil {
-		if err := p.fellBack(ctx); err != nil {
+	n, began, got, err := p.ask(ctx)
+	if err == nil && p.fell(high, got) {
+		if err := p.catch(ctx, high, got); err != nil {
 			return none, err
 		}
 		_, doubts = p.before()
-		began = time.Now()
-		got, err = p.store.Pulse(ctx)
+		n, began, got, err = p.ask(ctx)
 	}
 	if err != nil {
 		return none, storeError(err, Key{Kind: "revision"})
 	}
-	p.take(got, began, doubts)
+	p.take(n, got, began, doubts)
 	return none, nil
 }
 
-// take believes what a read brought, unless one that began later was faster.
-func (p *pulse) take(got Pulse, began time.Time, doubts int64) {
+// ask asks the store; n is which read it is, and began when it was.
+func (p *pulse) ask(ctx context.Context) (n int64, began time.Time, got Pulse, err error) {
+	p.mu.Lock()
+	p.begun++
+	n = p.begun
+	p.mu.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, 3*time.Second)
+	defer cancel()
+	began = time.Now()
+	got, err = p.store.Pulse(ctx)
+	return n, began, got, err
+}
+
+// fell says whether got is of a store that may have forgotten something since its
+// revision was high.
+func (p *pulse) fell(high int64, got Pulse) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.high = max(p.high, got.Revision)
+	return p.fellBack != nil && (got.Revision < high || got.Server != p.server)
+}
+
+// catch has fellBack called, and believes got then.
+func (p *pulse) catch(ctx context.Context, high int64, got Pulse) error {
+	_, err := p.falls.do(ctx, got.Server, func(ctx context.Context) (none struct{}, err error) {
+		if err := p.fellBack(ctx, high, got); err != nil {
+			return none, err
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.high, p.server = got.Revision, got.Server
+		return none, nil
+	})
+	return err
+}
+
+// take believes what a read brought, unless one that began later was faster.
+func (p *pulse) take(n int64, got Pulse, began time.Time, doubts int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.high, p.done = max(p.high, got.Revision), max(p.done, n)
 	if began.Before(p.at) {
 		return
 	}
+	p.server = got.Server
 	p.last, p.at, p.seen = got, began, doubts
 	if doubts == p.doubts {
 		p.announce(got.Revision)

@@ -275,9 +275,9 @@ func (b *Broker) commit(ctx context.Context, began Grant, id Identity, iss Issue
 	case errors.Is(err, errMoved):
 		// A login was faster. The provider's answer is dropped, not revoked: on
 		// Keycloak that would end the newer login's session too.
-		b.dismiss(began.Key, next.Version)
+		b.dismiss(began, next)
 	case err != nil && !g.Tombstone.IsZero():
-		b.dismiss(began.Key, next.Version)
+		b.dismiss(began, next)
 		b.revokeLate(ctx, began.Key, iss.RefreshToken)
 	}
 	if err == nil && moved {
@@ -297,12 +297,14 @@ func (g *Grant) follow(exists bool, began, next Grant) error {
 	case exists && g.Version > began.Version:
 		return errMoved
 	}
-	epoch, until := next.Epoch, latest(g.OutstandingUntil, next.OutstandingUntil)
+	epoch, roles, until := next.Epoch, next.Roles, latest(g.OutstandingUntil, next.OutstandingUntil)
 	if g.Epoch > began.Epoch {
-		epoch = max(g.Epoch+1, next.Epoch) // others moved it too
+		// Others moved it too, and have perhaps answered for it. Theirs are the roles
+		// that count: next's may be from before. The next look tells.
+		epoch, roles = max(g.Epoch+1, next.Epoch), g.Roles
 	}
 	*g = next
-	g.Epoch, g.OutstandingUntil = epoch, until
+	g.Epoch, g.Roles, g.OutstandingUntil = epoch, roles, until
 	return nil
 }
 

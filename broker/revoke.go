@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"sync"
@@ -18,11 +19,19 @@ type Disconnection struct {
 	// Revocation says whether the provider has been told of it. Services that
 	// check tokens by themselves accept them until OutstandingUntil all the same.
 	Revocation Revocation
+	// NotKept is empty once the store has the disconnect for sure. Else it says
+	// why a store that loses its memory may forget it, and what to do.
+	NotKept string
 }
 
+// keptWithin bounds how long a disconnect waits for the store to have it for sure.
+const keptWithin = 15 * time.Second
+
 // Disconnect ends a user's grants on every broker of the deployment: none
-// issues a token for them after IssuingStoppedAt. by says who asked, for the
-// audit. An empty provider means all, an empty hub the only one.
+// issues a token for them after IssuingStoppedAt. It returns once the store will
+// not forget that, or says that it may. by says who asked, for the audit. An empty
+// provider means all, an empty hub the only one. What has begun is finished,
+// whether the caller waits or not.
 func (b *Broker) Disconnect(ctx context.Context, by string, hub HubID, user UserID, provider ProviderID) (gone []Disconnection, ref string, err error) {
 	e := b.entry("disconnect", nil)
 	e.By, e.Hub, e.User, e.Provider = by, hub, user, provider
@@ -72,6 +81,7 @@ func (b *Broker) HubLogout(ctx context.Context, hub HubID, user UserID) (ref str
 var errNoGrant = errors.New("the user has no grant there")
 
 func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provider ProviderID, how ending, e *Entry) ([]Disconnection, error) {
+	ctx = context.WithoutCancel(ctx) // what is ended is also told
 	hub, err := b.onlyHub(hub)
 	if err == nil {
 		err = b.pulse.sync(ctx)
@@ -84,13 +94,70 @@ func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provide
 	if err != nil {
 		return nil, err
 	}
-	var gone []Disconnection
+	end := func(ctx context.Context) ([]Disconnection, error) {
+		return b.endAt(ctx, userKey{hub, user}, provider, l, how)
+	}
+	if how != byAdministrator {
+		return end(ctx) // a browser waits
+	}
+	gone, notKept, err := b.forSure(ctx, end)
+	if err != nil {
+		return gone, err
+	}
+	if notKept != nil {
+		e.Reason = "the store may forget it: " + notKept.Error()
+		b.cfg.Log.Error("the store may forget a disconnect", "hub", hub, "user", user, "err", notKept)
+	}
+	for i := range gone {
+		gone[i].NotKept = unsure(notKept)
+	}
+	return gone, nil
+}
+
+// unsure is what an administrator is told of a disconnect that is not kept for
+// sure.
+func unsure(err error) string {
+	if err == nil {
+		return ""
+	}
+	return fmt.Sprintf("the store has not confirmed that it keeps this (%s); if it loses its memory now, only the brokers that know of it "+
+		"put it right: see to the store, then run the command again", err)
+}
+
+// forSure calls end until the store has for sure what it wrote. If the store can't
+// say so end is called again, as soon as the store is there: another server may have
+// taken its place meanwhile, and need not have it.
+func (b *Broker) forSure(ctx context.Context, end func(context.Context) ([]Disconnection, error)) (gone []Disconnection, notKept, err error) {
+	ctx, cancel := context.WithTimeout(ctx, keptWithin)
+	defer cancel()
+	for tries := 0; tries < 3; {
+		since := b.settler.failures()
+		again, err := end(ctx)
+		switch {
+		case err != nil && tries == 0:
+			return again, nil, err
+		case err != nil && (!errors.Is(err, ErrUnavailable) || pause(ctx, 200*time.Millisecond) != nil):
+			return gone, notKept, nil // it was done once
+		case err != nil:
+			continue
+		}
+		gone, notKept = again, b.settler.settled(ctx, since)
+		if notKept == nil {
+			break
+		}
+		tries++
+	}
+	return gone, notKept, nil
+}
+
+// endAt ends k's grants at provider, or all.
+func (b *Broker) endAt(ctx context.Context, k userKey, provider ProviderID, l linkRecord, how ending) (gone []Disconnection, err error) {
 	var errs []error // one grant that can't be ended does not save the others
 	for _, id := range slices.Sorted(maps.Keys(l.Subs)) {
 		if provider != "" && provider != id {
 			continue
 		}
-		g, err := b.tombstone(ctx, GrantKey{hub, id, l.Subs[id]}, user, how)
+		g, err := b.tombstone(ctx, GrantKey{k.hub, id, l.Subs[id]}, k.user, how)
 		switch {
 		case errors.Is(err, ErrAbsent):
 		case err != nil:
@@ -100,12 +167,12 @@ func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provide
 		}
 	}
 	if len(gone)+len(errs) == 0 {
-		return nil, Errorf(Invalid, "user: %q has no grant to end at %s", user, orAll(provider)).Hint("tokenbroker sessions list shows who has").Because(errNoGrant)
+		return nil, Errorf(Invalid, "user: %q has no grant to end at %s", k.user, orAll(provider)).Hint("tokenbroker sessions list shows who has").Because(errNoGrant)
 	}
-	if err := b.stopIssuing(ctx, hub, user, gone); err != nil {
+	if err := b.stopIssuing(ctx, k.hub, k.user, gone); err != nil {
 		return gone, errors.Join(append(errs, err)...)
 	}
-	b.revokeGone(ctx, hub, gone)
+	b.revokeGone(ctx, k.hub, gone)
 	return gone, errors.Join(errs...)
 }
 
@@ -177,7 +244,15 @@ func (b *Broker) revokeLate(ctx context.Context, k GrantKey, refresh Secret) {
 	if refresh.IsZero() {
 		return
 	}
-	err := b.revokeSoon(ctx, k, func() error {
+	if err := b.keepToRevoke(ctx, k, refresh); err != nil {
+		b.revokeAtProvider(ctx, k.Provider, refresh)
+		return
+	}
+	b.revokeOne(ctx, k)
+}
+
+func (b *Broker) keepToRevoke(ctx context.Context, k GrantKey, refresh Secret) error {
+	return b.revokeSoon(ctx, k, func() error {
 		_, err := b.changeGrant(ctx, k, func(g *Grant, exists bool) error {
 			if !exists || g.Tombstone.IsZero() {
 				return errKeep // a login came, whose session the token may share
@@ -187,11 +262,6 @@ func (b *Broker) revokeLate(ctx context.Context, k GrantKey, refresh Secret) {
 		})
 		return err
 	})
-	if err != nil {
-		b.revokeAtProvider(ctx, k.Provider, refresh)
-		return
-	}
-	b.revokeOne(ctx, k)
 }
 
 // rightsMoved tells every broker that a grant's rights changed, and what went

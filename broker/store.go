@@ -50,8 +50,8 @@ type Store interface {
 	// copy doesn't bring a used value back, and returns it.
 	Move(ctx context.Context) (int64, error)
 
-	// Pulse returns the deployment's revision, 0 if it never moved, and the
-	// store's time, the one clock of the deployment.
+	// Pulse returns the deployment's revision, 0 if it never moved, the store's
+	// time, which is the one clock of the deployment, and who answered.
 	Pulse(ctx context.Context) (Pulse, error)
 
 	// Tell passes note on to those who listen, on all brokers of the deployment,
@@ -107,6 +107,10 @@ type Record struct {
 type Pulse struct {
 	Revision int64
 	Now      time.Time
+	// Server is another one after a restart of the back end, or when a replica has
+	// taken its place: whatever it has, it may have forgotten something. Empty: not
+	// known.
+	Server string
 }
 
 // Answers of a Store.

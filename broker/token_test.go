@@ -371,7 +371,7 @@ func TestRuleWithoutAudienceAndScopesGetsAnExchangedToken(t *testing.T) {
 func TestStoreThatHangsIsNoInternalError(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		handle := r.loggedIn("alice")
-		time.Sleep(time.Second)
+		time.Sleep(1500 * time.Millisecond) // between two beats
 		r.store.Before(func(method string, _ broker.Key) error {
 			if method == "Pulse" {
 				time.Sleep(10 * time.Second)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -25,6 +26,7 @@ type MemStore struct {
 	records  map[string]memRecord
 	sets     map[string]map[string]bool
 	revision int64
+	server   int           // moves with each Fallback
 	ahead    time.Duration // of the store's clock before time.Now
 	before   Hook
 	after    Hook
@@ -134,6 +136,7 @@ func (s *MemStore) Fallback(c *MemCopy) {
 	if c == nil {
 		c = &MemCopy{records: make(map[string]memRecord)}
 	}
+	s.server++
 	s.records, s.sets, s.revision = maps.Clone(c.records), cloneSets(c.sets), c.revision
 }
 
@@ -295,7 +298,7 @@ func (s *MemStore) Move(ctx context.Context) (int64, error) {
 func (s *MemStore) Pulse(ctx context.Context) (broker.Pulse, error) {
 	var p broker.Pulse
 	err := s.do(ctx, "Pulse", broker.Key{}, func() error {
-		p = broker.Pulse{Revision: s.revision, Now: s.now()}
+		p = broker.Pulse{Revision: s.revision, Now: s.now(), Server: strconv.Itoa(s.server)}
 		return nil
 	})
 	if err != nil {

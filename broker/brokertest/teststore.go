@@ -514,6 +514,9 @@ func testConcurrentMoves(t *testing.T, s broker.Store) {
 }
 
 func testPulse(t *testing.T, s broker.Store) {
+	if a, b := pulse(t, s), pulse(t, s); a.Server != b.Server {
+		t.Errorf("two pulses of one store are of servers %q and %q", a.Server, b.Server)
+	}
 	first := pulse(t, s)
 	if first.Revision != 0 {
 		t.Errorf("got revision %d of a deployment that never moved, want 0", first.Revision)

@@ -144,6 +144,7 @@ func disconnected(gone []broker.Disconnection) (all []*pb.Disconnected) {
 			OutstandingUntil: timestamp(d.OutstandingUntil),
 
 			ProviderRevocation: string(d.Revocation),
+			NotKept:            d.NotKept,
 		})
 	}
 	return all

@@ -3,6 +3,7 @@ package grpcserver_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"log/slog"
 	"net"
@@ -175,9 +176,15 @@ func TestTheAdministratorSeesAllButSecrets(t *testing.T) {
 		t.Errorf("ListGrants of another provider: %v, %v", none, err)
 	}
 
+	r.store.Before(func(method string, _ broker.Key) error {
+		if method == "Settle" {
+			return errors.New("in memory only")
+		}
+		return nil
+	})
 	gone, err := c.Disconnect(ctx, &pb.DisconnectRequest{User: "alice"})
 	check(t, err)
-	if len(gone.Disconnected) != 1 || gone.Disconnected[0].IssuingStoppedAt == nil || gone.Ref == "" {
+	if len(gone.Disconnected) != 1 || !strings.Contains(gone.Disconnected[0].NotKept, "in memory only") || gone.Disconnected[0].IssuingStoppedAt == nil || gone.Ref == "" {
 		t.Errorf("Disconnect: %v", gone)
 	}
 	_, err = c.Disconnect(ctx, &pb.DisconnectRequest{User: "nobody"})

@@ -90,9 +90,16 @@ func TestSettleSaysOnceThatTheServerIsNotWhatItWas(t *testing.T) {
 	if err := s.Put(t.Context(), broker.Key{Kind: "test"}, 0, []byte("box"), 0); err != nil {
 		t.Fatal(err)
 	}
+	before, err := s.Pulse(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
 	primary.Kill()
 	primary.Start()
 	linked(t, primary.Socket)
+	if after, err := s.Pulse(t.Context()); err != nil || after.Server == before.Server || before.Server == "" {
+		t.Errorf("the pulse is of server %q before the restart and of %q after it, %v", before.Server, after.Server, err)
+	}
 	s.Check(t.Context()) // it is not what takes note of the new one
 	if err := s.Settle(t.Context()); err == nil || !strings.Contains(err.Error(), "look again what is there") {
 		t.Errorf("Settle after a restart that lost everything: %v", err)

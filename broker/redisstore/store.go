@@ -131,9 +131,11 @@ local new = math.max(old + 1, t[1] * 1000000 + t[2])
 redis.call('SET', KEYS[1], string.format('%.0f', new))
 return string.format('%.0f', new)`)
 
+	// A stand-in for Redis need not know INFO.
 	pulseScript = newScript(`
-local t = redis.call('TIME')
-return {redis.call('GET', KEYS[1]) or '0', t[1], t[2]}`)
+local t, info = redis.call('TIME'), redis.pcall('INFO', 'server')
+local server = type(info) == 'string' and string.match(info, 'run_id:(%x+)') or ''
+return {redis.call('GET', KEYS[1]) or '0', t[1], t[2], server}`)
 )
 
 // Get implements broker.Store.
@@ -207,14 +209,20 @@ func (s *Store) Move(ctx context.Context) (int64, error) {
 
 // Pulse implements broker.Store. It is one round trip.
 func (s *Store) Pulse(ctx context.Context) (broker.Pulse, error) {
-	n, err := s.run(ctx, pulseScript, s.revision()).Int64Slice()
+	answer, err := s.run(ctx, pulseScript, s.revision()).StringSlice()
 	if err != nil {
 		return broker.Pulse{}, s.explain("read the revision", err)
 	}
-	if len(n) != 3 {
-		return broker.Pulse{}, fmt.Errorf("read the revision from Redis: got %d numbers, want 3", len(n))
+	if len(answer) != 4 {
+		return broker.Pulse{}, fmt.Errorf("read the revision from Redis: got %d values, want 4", len(answer))
 	}
-	return broker.Pulse{Revision: n[0], Now: time.Unix(n[1], n[2]*1000)}, nil
+	var n [3]int64
+	for i := range n {
+		if n[i], err = strconv.ParseInt(answer[i], 10, 64); err != nil {
+			return broker.Pulse{}, fmt.Errorf("read the revision from Redis: %q is no number", answer[i])
+		}
+	}
+	return broker.Pulse{Revision: n[0], Now: time.Unix(n[1], n[2]*1000), Server: answer[3]}, nil
 }
 
 // run runs a script on one key. That it may be sent twice is no retry: the

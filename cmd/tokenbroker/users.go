@@ -45,6 +45,9 @@ func printDisconnected(w io.Writer, r *pb.DisconnectResponse) error {
 	if err := printEnded(w, r.GetDisconnected()); err != nil {
 		return err
 	}
+	if d := r.GetDisconnected(); len(d) > 0 && d[0].GetNotKept() != "" {
+		fmt.Fprintf(w, "note: %s\n", d[0].GetNotKept())
+	}
 	_, err := fmt.Fprintf(w, "ref %s\n", r.GetRef())
 	return err
 }

@@ -52,15 +52,18 @@ type Call struct {
 	Patience       time.Duration // the caller hangs up then; 0: never
 	Step           string        // to kill or stop at
 	Stop           bool
+	Roles          []string // that the user has from now on
 }
 
 // A Reply is what a caller was told.
 type Reply struct {
 	Code     string // of the error; empty: it worked
 	Sentence string
-	Next     string // what to do about it
-	Handle   string // after a login
-	Print    string // of the token
+	Next     string    // what to do about it
+	Handle   string    // after a login
+	Print    string    // of the token
+	Stopped  time.Time // of a disconnect: when issuing stopped
+	NotKept  string    // likewise: why the store may forget it
 }
 
 // A Service is the door of a broker process.
@@ -178,21 +181,31 @@ func newOurs(c setup, p broker.Provider) (*ours, error) {
 	if err != nil {
 		return nil, err
 	}
-	store, err := redisstore.Open(redisstore.Config{Deployment: "faults", Socket: c.Redis})
+	store, err := redisstore.Open(redisstore.Config{Deployment: "faults", Socket: c.Redis, AllowNoPersistence: true})
 	if err != nil {
+		return nil, err
+	}
+	if err := store.Check(context.Background()); err != nil {
 		return nil, err
 	}
 	log, err := os.OpenFile(filepath.Join(c.Dir, c.Host+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
 	}
+	audit, err := os.OpenFile(filepath.Join(c.Dir, c.Host+".audit"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return nil, err
+	}
 	b, err := broker.New(broker.Config{
 		Deployment: "faults", Host: broker.HostID(c.Host), Contact: "nobody",
 		Hubs: map[broker.HubID]broker.Hub{"hub": {Login: "idp"}}, Providers: []broker.Provider{p},
-		// oidc-provider's access tokens can't be read; whom they are for is not known.
-		Rules: []broker.Rule{{Provider: "idp", Roles: []string{"researcher"}, Scopes: scopes, Unverified: c.Profile == "generic"}},
+		Rules: []broker.Rule{
+			// oidc-provider's access tokens can't be read; whom they are for is not known.
+			{Provider: "idp", Roles: []string{"researcher"}, Scopes: scopes, Unverified: c.Profile == "generic"},
+			{Provider: "idp", Roles: []string{"guest"}, Scopes: guests},
+		},
 		Store: store, Keys: keys, Attestor: anybody{}, Sockets: brokertest.NewSockets(),
-		Audit: io.Discard, Log: slog.New(slog.NewTextHandler(log, nil)), Journal: filepath.Join(c.Dir, c.Host+".journal"),
+		Audit: audit, Log: slog.New(slog.NewTextHandler(log, nil)), Journal: filepath.Join(c.Dir, c.Host+".journal"),
 	})
 	if err != nil {
 		return nil, err

@@ -15,6 +15,8 @@
 //	kill_test.go       SIGKILL at each step of a refresh, over three kinds of provider
 //	pause_test.go      SIGSTOP of a broker past its lease, then SIGCONT
 //	storm_test.go      many callers on two and three brokers, and callers who hang up
+//	timeback_test.go   a Redis that forgets: killed, flushed, restored, a stale one promoted
+//	epochs_test.go     roles and disconnects that race refreshes and cached reads
 //	strangers_test.go  callers, hubs, kills and lost answers at the providers of others
 //	trouble_test.go    Redis that takes no changes, forgets, or falls back
 //	schedule_test.go   random trouble; the answers are checked against a model.

@@ -31,6 +31,9 @@ const (
 // grant can be refreshed a thousand times without waiting for a token to end.
 var scopes = []string{"s0", "s1", "s2", "s3", "s4", "s5", "s6", "s7", "s8", "s9"}
 
+// guests are those that the role guest gives; researcher gives all.
+var guests = scopes[:5]
+
 // subset is the nth set of scopes.
 func subset(n int) (list []string) {
 	for i, s := range scopes {
@@ -62,13 +65,14 @@ type idp struct {
 	spent   func()              // called before the answer leaves
 	uses    map[string]int      // refresh token → how often it was sent
 	gave    []string            // refresh tokens, in order
+	alive   map[string]bool     // refresh tokens, those of logins too, that are neither used nor revoked
 	gives   func(access string) // called with each access token of a refresh, before the answer leaves
 }
 
 // startIDP starts a provider of a kind, with 64 users or more.
 func startIDP(t *testing.T, kind string) *idp {
 	t.Helper()
-	p := &idp{uses: map[string]int{}, secret: "secret of the test", profile: "keycloak"}
+	p := &idp{uses: map[string]int{}, alive: map[string]bool{}, secret: "secret of the test", profile: "keycloak"}
 	front := httptest.NewUnstartedServer(p)
 	p.url = "http://" + front.Listener.Addr().String()
 	switch kind {
@@ -94,7 +98,7 @@ func (p *idp) askDev(t *testing.T, kind string) {
 	if kind == grace {
 		cfg.Grace = 30 * time.Second
 	}
-	for i := range 64 {
+	for i := range 1024 {
 		cfg.Users = append(cfg.Users, devidp.User{Name: fmt.Sprintf("user%d", i), Roles: []string{"researcher"}})
 	}
 	var err error
@@ -108,11 +112,21 @@ func (p *idp) askDev(t *testing.T, kind string) {
 }
 
 func (p *idp) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	refresh := refreshToken(r)
-	if refresh == "" {
+	form := formOf(r)
+	refresh := form.Get("refresh_token")
+	switch {
+	case form.Get("grant_type") == "authorization_code":
+		answer := httptest.NewRecorder()
+		p.provider.ServeHTTP(answer, r)
+		p.live(answer.Body.Bytes())
+		pass(w, answer)
+		return
+	case form.Get("grant_type") != "refresh_token":
+		p.dead(form.Get("token")) // of a revocation
 		p.provider.ServeHTTP(w, r)
 		return
 	}
+	p.dead(refresh)
 	p.mu.Lock()
 	p.uses[refresh]++
 	latency, arrived, spent := p.latency, p.arrived, p.spent
@@ -130,6 +144,11 @@ func (p *idp) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		spent()
 	}
 	time.Sleep(latency - latency/2)
+	pass(w, answer)
+}
+
+// pass sends an answer on.
+func pass(w http.ResponseWriter, answer *httptest.ResponseRecorder) {
 	for name, v := range answer.Header() {
 		w.Header()[name] = v
 	}
@@ -137,18 +156,15 @@ func (p *idp) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Write(answer.Body.Bytes())
 }
 
-// refreshToken is what a request spends; empty: it is no refresh.
-func refreshToken(r *http.Request) string {
-	if path.Base(r.URL.Path) != "token" {
-		return ""
+// formOf is the form of a request to the token endpoint or the one that revokes.
+func formOf(r *http.Request) url.Values {
+	if name := path.Base(r.URL.Path); name != "token" && name != "revoke" {
+		return nil
 	}
 	body, _ := io.ReadAll(r.Body)
 	r.Body = io.NopCloser(bytes.NewReader(body))
 	form, _ := url.ParseQuery(string(body))
-	if form.Get("grant_type") != "refresh_token" {
-		return ""
-	}
-	return form.Get("refresh_token")
+	return form
 }
 
 // SetRoles replaces a user's roles, between two answers.
@@ -160,21 +176,46 @@ func (p *idp) SetRoles(user string, roles ...string) {
 	}
 }
 
-// note keeps what was given in an answer.
+// note keeps what was given in the answer to a refresh.
 func (p *idp) note(body []byte) {
+	refresh, access := p.live(body)
+	if refresh == "" {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.gave = append(p.gave, refresh)
+	if p.gives != nil {
+		p.gives(access)
+	}
+}
+
+// live takes note that the refresh token in an answer works from now on.
+func (p *idp) live(body []byte) (refresh, access string) {
 	var a struct {
 		Refresh string `json:"refresh_token"`
 		Access  string `json:"access_token"`
 	}
 	if json.Unmarshal(body, &a) != nil || a.Refresh == "" {
-		return
+		return "", ""
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.gave = append(p.gave, a.Refresh)
-	if p.gives != nil {
-		p.gives(a.Access)
-	}
+	p.alive[a.Refresh] = true
+	return a.Refresh, a.Access
+}
+
+func (p *idp) dead(token string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.alive, token)
+}
+
+// lives is how many refresh tokens work at the provider, of those it gave since count.
+func (p *idp) lives() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return len(p.alive)
 }
 
 func (p *idp) setLatency(d time.Duration) {
@@ -198,7 +239,7 @@ func (p *idp) count() (all, most int) {
 	for _, n := range p.uses {
 		all, most = all+n, max(most, n)
 	}
-	p.uses, p.gave = map[string]int{}, nil
+	p.uses, p.gave, p.alive = map[string]int{}, nil, map[string]bool{}
 	return all, most
 }
 

@@ -50,6 +50,7 @@ type row struct {
 	reported    int  // of these, said to be lost_response
 	spent       int  // refresh requests that reached the provider
 	most        int  // of these, the most with one refresh token
+	served      int  // users who got a token that was not theirs any more
 	window      bool // a grant may be lost here, and is then said to be
 	note        string
 }
@@ -90,6 +91,7 @@ func (t *table) print() {
 		}
 		s := &sums[i]
 		s.runs, s.lost, s.reported, s.spent, s.most = s.runs+r.runs, s.lost+r.lost, s.reported+r.reported, s.spent+r.spent, max(s.most, r.most)
+		s.served += r.served
 	}
 	show(t.rows)
 	fmt.Println()
@@ -98,12 +100,12 @@ func (t *table) print() {
 
 func show(rows []row) {
 	w := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(w, "proof\tcell\truns\tlost\tsaid lost_response\trequests\tmost per token\t")
+	fmt.Fprintln(w, "proof\tcell\truns\tlost\tsaid lost_response\trequests\tmost per token\tserved\t")
 	for _, r := range rows {
 		if r.window {
 			r.note = strings.TrimSuffix("declared window, "+r.note, ", ")
 		}
-		fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%d\t%d\t%s\n", r.proof, r.cell, r.runs, r.lost, r.reported, r.spent, r.most, r.note)
+		fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%d\t%d\t%d\t%d\t%s\n", r.proof, r.cell, r.runs, r.lost, r.reported, r.spent, r.most, r.served, r.note)
 	}
 	w.Flush()
 }

@@ -1034,8 +1034,11 @@ type Disconnected struct {
 	// Whether the provider was told to end what had been issued (RFC 7009): done,
 	// pending (it is tried until it is done), failed or unsupported.
 	ProviderRevocation string `protobuf:"bytes,5,opt,name=provider_revocation,json=providerRevocation,proto3" json:"provider_revocation,omitempty"`
-	unknownFields      protoimpl.UnknownFields
-	sizeCache          protoimpl.SizeCache
+	// Why a store that loses its memory may forget this, and what to do; empty:
+	// the store has it for sure.
+	NotKept       string `protobuf:"bytes,6,opt,name=not_kept,json=notKept,proto3" json:"not_kept,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Disconnected) Reset() {
@@ -1099,6 +1102,13 @@ func (x *Disconnected) GetOutstandingUntil() *timestamppb.Timestamp {
 func (x *Disconnected) GetProviderRevocation() string {
 	if x != nil {
 		return x.ProviderRevocation
+	}
+	return ""
+}
+
+func (x *Disconnected) GetNotKept() string {
+	if x != nil {
+		return x.NotKept
 	}
 	return ""
 }
@@ -1852,13 +1862,14 @@ const file_tokenbroker_v1_admin_proto_rawDesc = "" +
 	"\bprovider\x18\x03 \x01(\tR\bprovider\"h\n" +
 	"\x12DisconnectResponse\x12@\n" +
 	"\fdisconnected\x18\x01 \x03(\v2\x1c.tokenbroker.v1.DisconnectedR\fdisconnected\x12\x10\n" +
-	"\x03ref\x18\x02 \x01(\tR\x03ref\"\x80\x02\n" +
+	"\x03ref\x18\x02 \x01(\tR\x03ref\"\x9b\x02\n" +
 	"\fDisconnected\x12\x1a\n" +
 	"\bprovider\x18\x01 \x01(\tR\bprovider\x12\x10\n" +
 	"\x03sub\x18\x02 \x01(\tR\x03sub\x12H\n" +
 	"\x12issuing_stopped_at\x18\x03 \x01(\v2\x1a.google.protobuf.TimestampR\x10issuingStoppedAt\x12G\n" +
 	"\x11outstanding_until\x18\x04 \x01(\v2\x1a.google.protobuf.TimestampR\x10outstandingUntil\x12/\n" +
-	"\x13provider_revocation\x18\x05 \x01(\tR\x12providerRevocation\"7\n" +
+	"\x13provider_revocation\x18\x05 \x01(\tR\x12providerRevocation\x12\x19\n" +
+	"\bnot_kept\x18\x06 \x01(\tR\anotKept\"7\n" +
 	"\x0fShowUserRequest\x12\x10\n" +
 	"\x03hub\x18\x01 \x01(\tR\x03hub\x12\x12\n" +
 	"\x04user\x18\x02 \x01(\tR\x04user\"\xcd\x02\n" +

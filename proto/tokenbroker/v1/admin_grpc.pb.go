@@ -44,7 +44,8 @@ type AdminClient interface {
 	ListRegistrations(ctx context.Context, in *ListRegistrationsRequest, opts ...grpc.CallOption) (*ListRegistrationsResponse, error)
 	// Disconnect ends a user's grants: it raises epoch and tombstone, so that no
 	// broker of the deployment issues a token for them from then on. Tokens
-	// already issued live until outstanding_until.
+	// already issued live until outstanding_until. It answers once the store will
+	// not forget that, or says that it may.
 	Disconnect(ctx context.Context, in *DisconnectRequest, opts ...grpc.CallOption) (*DisconnectResponse, error)
 	// ShowUser says who a hub's user is at each provider, and what he has.
 	ShowUser(ctx context.Context, in *ShowUserRequest, opts ...grpc.CallOption) (*ShowUserResponse, error)
@@ -150,7 +151,8 @@ type AdminServer interface {
 	ListRegistrations(context.Context, *ListRegistrationsRequest) (*ListRegistrationsResponse, error)
 	// Disconnect ends a user's grants: it raises epoch and tombstone, so that no
 	// broker of the deployment issues a token for them from then on. Tokens
-	// already issued live until outstanding_until.
+	// already issued live until outstanding_until. It answers once the store will
+	// not forget that, or says that it may.
 	Disconnect(context.Context, *DisconnectRequest) (*DisconnectResponse, error)
 	// ShowUser says who a hub's user is at each provider, and what he has.
 	ShowUser(context.Context, *ShowUserRequest) (*ShowUserResponse, error)
