@@ -49,6 +49,9 @@ const (
 	// as much again: late enough for a connection that broke, and well inside the
 	// 30 s for which a provider with a grace forgives it.
 	retryLost = time.Second
+	// retryFor is how long after a lost answer its retry is still made if the
+	// provider can't be asked before.
+	retryFor = 20 * time.Second
 	// lostRest is for how long a token rests whose retry was lost, too.
 	lostRest = 10 * time.Second
 )
@@ -94,19 +97,24 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 	defer leave()
 	bell, takeDown := b.bells.hang(e.key.grant.member())
 	defer takeDown()
-	retry := false // what was begun is finished, also while the broker closes
+	var lost time.Time // a retry is due, also while the broker closes: what was begun is finished
 	wait := leasePoll
 	for deadline := time.Now().Add(2 * scaled(leaseFor)); ; wait = min(2*wait, leasePollMost) {
 		if t, ok := b.recall(ctx, e.key, e.good); ok {
 			return t, nil
 		}
-		if b.closes() && !retry {
+		if b.closes() && lost.IsZero() {
 			return cachedToken{}, Errorf(Unavailable, "the token broker is being restarted")
 		}
 		t, err := b.attempt(ctx, e)
 		switch {
 		case errors.Is(err, errLost):
-			retry = true
+			lost = time.Now()
+			if err := beforeRetry(ctx); err != nil {
+				return t, err
+			}
+			continue
+		case notSent(err) && !lost.IsZero() && time.Since(lost) < retryFor:
 			if err := beforeRetry(ctx); err != nil {
 				return t, err
 			}
@@ -120,6 +128,13 @@ func (b *Broker) run(ctx context.Context, e errand) (cachedToken, error) {
 			return t, err
 		}
 	}
+}
+
+// notSent says whether err is the provider's trouble, or our patience with it, and
+// the token did not leave.
+func notSent(err error) bool {
+	var pe *ProviderError
+	return errors.As(err, &pe) && pe.Class == TryLater
 }
 
 func beforeRetry(ctx context.Context) error { return pause(ctx, retryLost+rand.N(retryLost)) }

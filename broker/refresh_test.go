@@ -612,8 +612,10 @@ func TestLostAnswerIsRememberedThroughOtherTrouble(t *testing.T) {
 		r.provider.Next(
 			brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost}, Spend: true},
 			brokertest.Answer{Err: &broker.ProviderError{Class: broker.TryLater}})
-		r.refused(p, broker.Want{}, broker.ErrProviderDown)
 		r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+		if n := r.provider.Calls("refresh"); n != 3 {
+			t.Errorf("%d requests, want the lost one, one that was turned away, and the retry", n)
+		}
 		if g := r.grant("alice"); g.Reason != "lost_response" {
 			t.Errorf("the reason is %q, want lost_response", g.Reason)
 		}

@@ -79,7 +79,7 @@ func TestWatchBringsTheNextTokenBeforeTheOldOneEnds(t *testing.T) {
 		old := w.tells("token", time.Second).Token
 		for range 10 {
 			next := w.tells("token", 5*time.Minute).Token
-			if left := old.ExpiresAt.Sub(time.Now()); left < 10*time.Second || next.Access.Equal(old.Access) {
+			if left := time.Until(old.ExpiresAt); left < 10*time.Second || next.Access.Equal(old.Access) {
 				t.Errorf("the next token came %s before the end of the old one", left)
 			}
 			old = next
