@@ -195,12 +195,16 @@ func (b *Broker) box(g Grant) []byte {
 }
 
 // dismiss takes a provider's answer that the store has refused out of the journal
-// again, and that its version was ever reached: else the store would seem to have
-// fallen back.
+// again, and that its version and its epoch were ever reached: else the store
+// would seem to have fallen back.
 func (b *Broker) dismiss(began, next Grant) {
-	err := b.journal.write(next.Key, func(e *journalEntry) bool {
-		ours := e.Version == next.Version
-		e.Version, e.Box = began.Version, nil
+	err := b.journal.write(next.Key, func(e *journalEntry) (ours bool) {
+		if e.Version == next.Version {
+			e.Version, e.Box, ours = began.Version, nil, true
+		}
+		if e.Epoch == next.Epoch && next.Epoch > began.Epoch {
+			e.Epoch, e.Roles, ours = began.Epoch, began.Roles, true
+		}
 		return ours
 	})
 	if err != nil {

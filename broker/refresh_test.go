@@ -371,6 +371,32 @@ func TestDisconnectDuringARefreshRevokesWhatItBrings(t *testing.T) {
 	})
 }
 
+func TestAnswerThatIsRefusedLeavesNothingInTheJournal(t *testing.T) {
+	for name, meanwhile := range map[string]func(r *rig){
+		"a disconnect": func(r *rig) {
+			if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+				t.Errorf("Disconnect: %v", err)
+			}
+		},
+		"a login": func(r *rig) { r.loggedIn("alice") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(r *rig) {
+				r.loggedIn("alice")
+				p := r.running("alice", 100)
+				expire()
+				r.provider.SetRoles("alice", "researcher", "admin") // which moves the epoch
+				r.provider.Next(brokertest.Answer{Before: func() { meanwhile(r); time.Sleep(time.Second) }})
+				r.Token(context.Background(), p, broker.Want{})
+				r.grant("alice")
+				if strings.Contains(r.log.String(), "fell back") {
+					t.Error("what the store had refused is taken for something it has lost")
+				}
+			})
+		})
+	}
+}
+
 func TestLoginDuringARefreshWins(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")
