@@ -281,12 +281,24 @@ func (b *Broker) finish(ctx context.Context, brokenOff []GrantKey) {
 	few := newCrowd(keepAliveAtOnce)
 	for _, k := range brokenOff {
 		few.Go(func() {
-			if _, err := b.whole(ctx, k, func(t *cachedToken) bool { return !t.IssuedAt.Before(started) }); err != nil {
+			if err := b.finishOne(ctx, k, started); err != nil {
 				b.cfg.Log.Warn("a refresh that a crash broke off could not be finished", "grant", k, "err", err)
 			}
 		})
 	}
 	few.Wait()
+}
+
+// finishOne tries a second time when the token has rested, as it does if the crash
+// was in the retry.
+func (b *Broker) finishOne(ctx context.Context, k GrantKey, started time.Time) error {
+	for again := false; ; again = true {
+		_, err := b.whole(ctx, k, func(t *cachedToken) bool { return !t.IssuedAt.Before(started) })
+		var said *Error
+		if again || !errors.As(err, &said) || said.RetryAfter == 0 || pause(ctx, said.RetryAfter) != nil {
+			return err
+		}
+	}
 }
 
 // stillToRevoke puts into the queue a disconnect that the store forgot, and the
