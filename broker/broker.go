@@ -201,7 +201,7 @@ func (b *Broker) Start(ctx context.Context) error {
 	}
 	b.work.Go(func() { b.attend(keys) })
 	b.work.Go(func() { b.recheck(watch) })
-	b.work.Go(func() { b.finish(context.WithoutCancel(ctx), brokenOff) })
+	b.work.Go(func() { b.finish(watch, brokenOff) })
 	b.hint("")
 	return nil
 }

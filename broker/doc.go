@@ -50,6 +50,20 @@
 // answered once the store has settled, so only one whose answer said that it may be
 // forgotten, or a backup that is put back, can undo what nobody knows who is left.
 //
+// # Promises
+//
+// What is promised of a grant, and the test that is named after it, in
+// promises_test.go; with real processes, Redis and kills it is in deploy/faults, at
+// random in model_test.go.
+//
+//	at most one refresh is in flight, over all brokers    TestPromiseAtMostOneRefreshInFlightPerGrant
+//	a caller's end, however it comes, does nothing to it  TestPromiseWhatHappensToACallerNeverAffectsAGrant
+//	a refresh that failed marks it and never deletes it   TestPromiseNoGrantIsDeletedBecauseARefreshFailed
+//	no write to the store, no use of the refresh token    TestPromiseNoRefreshTokenIsSpentWhileTheStoreCantAcceptAWrite
+//	a provider that forgives a retry: one fault, no loss  TestPromiseProviderThatAllowsARetryLosesNoGrant
+//	a strict one: loss from answer to journal, and said   TestPromiseStrictProviderLosesOnlyBetweenItsAnswerAndTheJournal
+//	after a failover: what is stale is seen, never used   TestPromiseStaleVersionAfterAFailoverIsDetectedAndNeverUsed
+//
 // # Roles that change at the provider
 //
 // They show at every refresh, and between refreshes by the recheck: each broker

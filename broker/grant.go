@@ -74,8 +74,8 @@ type Lease struct {
 type Mark struct {
 	Attempt string // who, unique
 	Lost    bool   // an earlier attempt with the same token got no answer
-	// Rest is until when the token is not sent again: the retry got no answer
-	// either. Zero: at once.
+	// Rest is until when the token is not sent again, unless the retry gets an
+	// answer. Zero: at once.
 	Rest time.Time
 }
 
@@ -88,10 +88,15 @@ type Spending struct {
 	Mark Mark
 }
 
-// begin takes the lease l and leaves the mark.
-func (s *Spending) begin(l Lease) {
+// begin takes the lease l and leaves the mark. That the token rests after its
+// retry is written ahead, too: a broker that the answer kills, time after time,
+// would send it with each start.
+func (s *Spending) begin(l Lease, now time.Time) {
 	lost := s.Mark.Attempt != "" // whoever left it never learned the answer
 	s.Lease, s.Mark = l, Mark{Attempt: l.Holder, Lost: lost}
+	if lost {
+		s.Mark.Rest = now.Add(lostRest)
+	}
 }
 
 // release gives the lease back. lost keeps the mark, so that the next attempt
@@ -99,6 +104,7 @@ func (s *Spending) begin(l Lease) {
 // one retry; if it is lost as well, the token rests.
 func (s *Spending) release(lost bool, now time.Time) {
 	s.Lease = Lease{}
+	s.Mark.Rest = time.Time{}
 	switch {
 	case !lost && !s.Mark.Lost:
 		s.Mark = Mark{}
@@ -110,7 +116,7 @@ func (s *Spending) release(lost bool, now time.Time) {
 // resting says why the token is not sent at the moment; nil: it may be.
 func (s *Spending) resting(p ProviderID, now time.Time) error {
 	rest := s.Mark.Rest.Sub(now)
-	if rest <= 0 {
+	if rest <= 0 || s.Lease.Until.After(now) { // the retry is under way
 		return nil
 	}
 	e := Errorf(ProviderDown, "%s has twice given no answer that can be read", p)

@@ -195,12 +195,16 @@ func (b *Broker) box(g Grant) []byte {
 }
 
 // dismiss takes a provider's answer that the store has refused out of the journal
-// again, and that its version was ever reached: else the store would seem to have
-// fallen back.
+// again, and that its version and its epoch were ever reached: else the store
+// would seem to have fallen back.
 func (b *Broker) dismiss(began, next Grant) {
-	err := b.journal.write(next.Key, func(e *journalEntry) bool {
-		ours := e.Version == next.Version
-		e.Version, e.Box = began.Version, nil
+	err := b.journal.write(next.Key, func(e *journalEntry) (ours bool) {
+		if e.Version == next.Version {
+			e.Version, e.Box, ours = began.Version, nil, true
+		}
+		if e.Epoch == next.Epoch && next.Epoch > began.Epoch {
+			e.Epoch, e.Roles, ours = began.Epoch, began.Roles, true
+		}
 		return ours
 	})
 	if err != nil {
@@ -277,12 +281,24 @@ func (b *Broker) finish(ctx context.Context, brokenOff []GrantKey) {
 	few := newCrowd(keepAliveAtOnce)
 	for _, k := range brokenOff {
 		few.Go(func() {
-			if _, err := b.whole(ctx, k, func(t *cachedToken) bool { return !t.IssuedAt.Before(started) }); err != nil {
+			if err := b.finishOne(ctx, k, started); err != nil {
 				b.cfg.Log.Warn("a refresh that a crash broke off could not be finished", "grant", k, "err", err)
 			}
 		})
 	}
 	few.Wait()
+}
+
+// finishOne tries a second time when the token has rested, as it does if the crash
+// was in the retry.
+func (b *Broker) finishOne(ctx context.Context, k GrantKey, started time.Time) error {
+	for again := false; ; again = true {
+		_, err := b.whole(ctx, k, func(t *cachedToken) bool { return !t.IssuedAt.Before(started) })
+		var said *Error
+		if again || !errors.As(err, &said) || said.RetryAfter == 0 || pause(ctx, said.RetryAfter) != nil {
+			return err
+		}
+	}
 }
 
 // stillToRevoke puts into the queue a disconnect that the store forgot, and the

@@ -39,31 +39,6 @@ func TestAnswerThatTheStoreNeverTookIsRestoredAtTheStart(t *testing.T) {
 	})
 }
 
-func TestStoreThatFallsBackGetsTheNewerRefreshToken(t *testing.T) {
-	inBubble(t, func(r *rig) {
-		r.store.Before(func(method string, _ broker.Key) error {
-			if method == "Settle" {
-				return errors.New("the replica lags")
-			}
-			return nil
-		})
-		r.loggedIn("alice")
-		p := r.running("alice", 100)
-		replica := r.store.Copy()
-		expire()
-		r.token(p, broker.Want{})
-		r.store.Fallback(replica)
-		expire()
-		r.token(p, broker.Want{})
-		if g := r.grant("alice"); g.State != broker.Live {
-			t.Errorf("the grant is %s (%s): a spent token was sent", g.State, g.Reason)
-		}
-		if !strings.Contains(r.log.String(), "the store fell back to an older grant") {
-			t.Error("nobody was told")
-		}
-	})
-}
-
 // lagging makes the replica of r's store lag from now on.
 func (r *rig) lagging() {
 	r.store.Before(func(method string, _ broker.Key) error {
@@ -259,29 +234,6 @@ func TestLoginAfterAllWasLostIsNotReplacedByAnOlderToken(t *testing.T) {
 		if g := other.grant("alice"); g.State != broker.Live {
 			t.Errorf("the grant is %s (%s)", g.State, g.Reason)
 		}
-	})
-}
-
-func TestSpentTokenWithoutItsSuccessorIsNotSent(t *testing.T) {
-	inBubble(t, func(r *rig) {
-		r.loggedIn("alice")
-		p := r.running("alice", 100)
-		backup := r.store.Copy()
-		expire()
-		r.token(p, broker.Want{})
-		time.Sleep(time.Minute) // the journal has let go of the token
-		if n := r.Boxes(); n != 0 {
-			t.Fatalf("%d grants are still in the journal", n)
-		}
-		r.store.Fallback(backup)
-		expire()
-		calls := r.provider.Calls("refresh")
-		said := r.refused(p, broker.Want{}, broker.ErrLoginRequired)
-		if !strings.Contains(said.Sentence, "store_lost") || r.provider.Calls("refresh") != calls {
-			t.Errorf("said %q after %d refreshes", said.Sentence, r.provider.Calls("refresh")-calls)
-		}
-		r.loggedIn("alice")
-		r.token(p, broker.Want{})
 	})
 }
 

@@ -498,7 +498,7 @@ func (b *Broker) beginAdoption(ctx context.Context, t *ticket) error {
 		case h.resting(t.provider, now) != nil:
 			return h.resting(t.provider, now)
 		}
-		h.begin(b.lease(now))
+		h.begin(b.lease(now), now)
 		return nil
 	})
 }

@@ -213,7 +213,7 @@ func (b *Broker) begin(ctx context.Context, k GrantKey, issuer string) (Grant, e
 		case b.held(g.Lease, now):
 			return errBusy
 		}
-		g.begin(b.lease(now))
+		g.begin(b.lease(now), now)
 		return nil
 	})
 	if err == nil {

@@ -18,57 +18,6 @@ import (
 // expire lets alice's tokens end.
 func expire() { time.Sleep(6 * time.Minute) }
 
-func TestOneRefreshForAllWhoAskAtOnce(t *testing.T) {
-	inBubble(t, func(r *rig) {
-		handle := r.loggedIn("alice")
-		p := r.running("alice", 100)
-		other := r.second()
-		defer other.Close()
-		expire()
-		slow := brokertest.Answer{Before: func() { time.Sleep(2 * time.Second) }}
-		r.provider.Next(slow)
-		var all sync.WaitGroup
-		for range 6 {
-			all.Go(func() { r.token(p, broker.Want{}) })
-		}
-		for range 4 {
-			for _, b := range []*rig{r, other} { // two brokers, one grant
-				all.Go(func() {
-					if _, err := b.RefreshHub(context.Background(), "main", "keycloak", handle); err != nil {
-						t.Errorf("RefreshHub: %v", err)
-					}
-				})
-			}
-		}
-		all.Wait()
-		if n := r.provider.Calls("refresh"); n != 1 {
-			t.Errorf("%d refreshes for 14 requests, want 1", n)
-		}
-		if n := r.provider.Calls("exchange"); n != 1 {
-			t.Errorf("%d exchanges for 6 requests, want 1", n)
-		}
-	})
-}
-
-func TestCallerWhoHangsUpStopsNothing(t *testing.T) {
-	inBubble(t, func(r *rig) {
-		r.loggedIn("alice")
-		p := r.running("alice", 100)
-		before := r.grant("alice").Version
-		expire()
-		ctx, hangUp := context.WithCancel(context.Background())
-		r.provider.Next(brokertest.Answer{Before: func() { hangUp(); time.Sleep(time.Second) }})
-		if _, err := r.Token(ctx, p, broker.Want{}); !errors.Is(err, broker.ErrProviderDown) {
-			t.Errorf("a caller who hung up got %v", err)
-		}
-		time.Sleep(2 * time.Second)
-		if got := r.grant("alice").Version; got != before+1 {
-			t.Errorf("the grant is at version %d, want %d: the answer was lost", got, before+1)
-		}
-		r.token(p, broker.Want{})
-	})
-}
-
 func TestRoleThatIsLostStopsTheNextToken(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		handle := r.loggedIn("alice")
@@ -169,24 +118,6 @@ func TestLostAnswerIsTriedAgainOnceWithTheSameToken(t *testing.T) {
 	})
 }
 
-func TestLostAnswerThatTheProviderHadSpentIsSaid(t *testing.T) {
-	inBubble(t, func(r *rig) {
-		r.loggedIn("alice")
-		p := r.running("alice", 100)
-		expire()
-		r.provider.Next(lostAnswer(true))
-		for range 3 {
-			said := r.refused(p, broker.Want{}, broker.ErrLoginRequired)
-			if !strings.Contains(said.Sentence, "lost_response") || !strings.Contains(said.Next, "log in") {
-				t.Errorf("the user is told %q, %q", said.Sentence, said.Next)
-			}
-		}
-		if n := r.provider.Calls("refresh"); n != 2 {
-			t.Errorf("%d requests, want the one and its one retry", n)
-		}
-	})
-}
-
 func TestTokenWhoseRetryIsLostTooRests(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")
@@ -245,54 +176,6 @@ func TestRefreshThatACrashBrokeOffIsFinishedAtTheStart(t *testing.T) {
 		if g := r.grant("alice"); g.Mark.Attempt != "" || g.State != broker.Live {
 			t.Errorf("the grant is %s with the mark %+v", g.State, g.Mark)
 		}
-	})
-}
-
-func TestProvidersOtherRefusalsKeepTheGrant(t *testing.T) {
-	for _, tt := range []struct {
-		class broker.ProviderClass
-		want  *broker.Error
-	}{
-		{broker.TryLater, broker.ErrProviderDown},
-		{broker.Misconfigured, broker.ErrProviderDown},
-		{broker.UserAction, broker.ErrLoginRequired},
-		{broker.Refused, broker.ErrUnsatisfiable},
-		{broker.Disabled, broker.ErrDenied},
-	} {
-		t.Run(string(tt.class), func(t *testing.T) {
-			inBubble(t, func(r *rig) {
-				r.loggedIn("alice")
-				p := r.running("alice", 100)
-				expire()
-				r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: tt.class, Reason: "r"}})
-				r.refused(p, broker.Want{}, tt.want)
-				time.Sleep(time.Minute)
-				r.token(p, broker.Want{})
-				if g := r.grant("alice"); g.State != broker.Live {
-					t.Errorf("the grant is %s afterwards", g.State)
-				}
-			})
-		})
-	}
-}
-
-func TestNothingIsSpentWhileTheStoreCantBeWritten(t *testing.T) {
-	inBubble(t, func(r *rig) {
-		r.loggedIn("alice")
-		p := r.running("alice", 100)
-		expire()
-		r.store.Before(func(method string, k broker.Key) error {
-			if method == "Put" {
-				return errors.New("read only")
-			}
-			return nil
-		})
-		r.refused(p, broker.Want{}, broker.ErrUnavailable)
-		if n := r.provider.Calls("refresh"); n != 0 {
-			t.Errorf("the refresh token was sent %d times", n)
-		}
-		r.store.Before(nil)
-		r.token(p, broker.Want{})
 	})
 }
 
@@ -369,6 +252,32 @@ func TestDisconnectDuringARefreshRevokesWhatItBrings(t *testing.T) {
 			t.Errorf("the grant is %s", g.State)
 		}
 	})
+}
+
+func TestAnswerThatIsRefusedLeavesNothingInTheJournal(t *testing.T) {
+	for name, meanwhile := range map[string]func(r *rig){
+		"a disconnect": func(r *rig) {
+			if _, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil {
+				t.Errorf("Disconnect: %v", err)
+			}
+		},
+		"a login": func(r *rig) { r.loggedIn("alice") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			inBubble(t, func(r *rig) {
+				r.loggedIn("alice")
+				p := r.running("alice", 100)
+				expire()
+				r.provider.SetRoles("alice", "researcher", "admin") // which moves the epoch
+				r.provider.Next(brokertest.Answer{Before: func() { meanwhile(r); time.Sleep(time.Second) }})
+				r.Token(context.Background(), p, broker.Want{})
+				r.grant("alice")
+				if strings.Contains(r.log.String(), "fell back") {
+					t.Error("what the store had refused is taken for something it has lost")
+				}
+			})
+		})
+	}
 }
 
 func TestLoginDuringARefreshWins(t *testing.T) {

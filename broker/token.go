@@ -91,6 +91,9 @@ func (b *Broker) answer(ctx context.Context, p *Peer, want Want, e *Entry) (answ
 	for range 5 {
 		a, err := b.once(ctx, p, want, e)
 		if errors.Is(err, errMoved) {
+			// The revision need not have: whoever changed the rights may have died
+			// before he could move it.
+			b.views.drop(userKey{p.Server.Hub, p.Server.User})
 			continue
 		}
 		if err != nil {
@@ -168,7 +171,11 @@ func (b *Broker) obtain(ctx context.Context, g Grant, d Decision, want Want) (t 
 	if !cached {
 		t, cached, err = b.fetchOr(ctx, p, g, d, good)
 	}
-	if err == nil {
+	switch {
+	case err != nil:
+	case t.Epoch != g.Epoch:
+		err = errMoved // g is older than the refresh that brought t: decide again
+	default:
 		err = d.holds(info, &t)
 	}
 	return t, cached, err

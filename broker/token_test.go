@@ -266,6 +266,39 @@ func (p never) Info() broker.ProviderInfo {
 	return info
 }
 
+func TestRightsThatChangedWithoutARevisionAreSeenByTheNextRefresh(t *testing.T) {
+	f := func(r *rig, want broker.Want) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		other := r.second()
+		defer other.Close()
+		q := other.running("alice", 200)
+		expire()
+		r.provider.SetRoles("alice", "student")
+		if _, _, err := r.Providers(context.Background(), p); err != nil { // with the old roles
+			t.Fatal(err)
+		}
+		r.store.Before(func(method string, _ broker.Key) error {
+			if method == "Move" {
+				return errors.New("the broker died")
+			}
+			return nil
+		})
+		other.refused(q, want, broker.ErrUnavailable)
+		r.store.Before(nil)
+		r.refused(p, want, broker.ErrDenied)
+	}
+	t.Run("narrowed by an exchange", func(t *testing.T) {
+		inBubble(t, func(r *rig) { f(r, broker.Want{}) })
+	})
+	t.Run("not narrowed", func(t *testing.T) {
+		inBubble(t, func(r *rig) { f(r, broker.Want{Scopes: []string{"all"}}) }, func(c *broker.Config) {
+			c.Providers = []broker.Provider{never{c.Providers[0]}}
+			c.Rules = []broker.Rule{{Provider: "keycloak", Roles: []string{"researcher"}, Scopes: []string{"all"}}}
+		})
+	})
+}
+
 func TestProviderDownServesWhatIsValid(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")

@@ -28,7 +28,7 @@ import (
 
 func TestMain(m *testing.M) {
 	// net/http leaves a connection half open for a moment after a refused body.
-	goleak.VerifyTestMain(m, goleak.IgnoreAnyFunction("net/http.(*conn).closeWriteAndWait"))
+	brokertest.Main(m, goleak.IgnoreAnyFunction("net/http.(*conn).closeWriteAndWait"))
 }
 
 var alice = broker.ServerKey{Hub: "main", User: "alice"}

@@ -12,9 +12,8 @@ import (
 	"syscall"
 	"testing"
 
-	"go.uber.org/goleak"
-
 	"tokenbroker/broker"
+	"tokenbroker/broker/brokertest"
 	"tokenbroker/broker/peersocket"
 )
 
@@ -29,7 +28,7 @@ func TestMain(m *testing.M) {
 	case "hub":
 		actHub()
 	default:
-		goleak.VerifyTestMain(m)
+		brokertest.Main(m)
 	}
 }
 

@@ -19,27 +19,13 @@ import (
 
 	"github.com/alicebob/miniredis/v2"
 	"github.com/redis/go-redis/v9"
-	"go.uber.org/goleak"
 
 	"tokenbroker/broker"
 	"tokenbroker/broker/brokertest"
 	"tokenbroker/broker/redisstore"
 )
 
-func TestMain(m *testing.M) {
-	code := m.Run()
-	// go-redis looks once a second for a server that was away, and sees only then
-	// that its pool has been closed. Find waits for less.
-	err := goleak.Find()
-	for tries := 0; err != nil && tries < 4; tries++ {
-		err = goleak.Find()
-	}
-	if err != nil && code == 0 {
-		fmt.Fprintln(os.Stderr, "goroutines are left:", err)
-		code = 1
-	}
-	os.Exit(code)
-}
+func TestMain(m *testing.M) { brokertest.Main(m) }
 
 const password = "PASSW0RD"
 

@@ -21,6 +21,7 @@
 //	trouble_test.go    Redis that takes no changes, forgets, or falls back
 //	schedule_test.go   random trouble; the answers are checked against a model.
 //	                   -args -seed N runs one schedule again
+//	soak_test.go       all of it at once for ten minutes, and what a broker then holds
 //	control_test.go    how it is commonly done, in a few lines, and what it loses here
 //
 // Every kill test is of a process, not of a machine: what was written to a file

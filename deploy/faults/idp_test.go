@@ -95,8 +95,11 @@ func (p *idp) askDev(t *testing.T, kind string) {
 		Issuer: p.url, ClientSecret: broker.NewSecret(p.secret), Scopes: scopes, Audiences: map[string][]string{},
 		AccessTTL: time.Hour, KeepRefresh: kind == keeping,
 	}
-	if kind == grace {
+	if kind == grace || kind == soaking {
 		cfg.Grace = 30 * time.Second
+	}
+	if kind == soaking {
+		cfg.AccessTTL = 20 * time.Second
 	}
 	for i := range 1024 {
 		cfg.Users = append(cfg.Users, devidp.User{Name: fmt.Sprintf("user%d", i), Roles: []string{"researcher"}})

@@ -1,0 +1,9 @@
+package oauthprovider_test
+
+import (
+	"testing"
+
+	"tokenbroker/broker/brokertest"
+)
+
+func TestMain(m *testing.M) { brokertest.Main(m) }
