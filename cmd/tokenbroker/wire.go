@@ -9,6 +9,8 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net/http"
+	"net/url"
 	"os"
 	"slices"
 	"sync"
@@ -17,6 +19,7 @@ import (
 	"tokenbroker/broker/oauthprovider"
 	"tokenbroker/broker/peersocket"
 	"tokenbroker/broker/redisstore"
+	"tokenbroker/broker/rolewatch"
 	"tokenbroker/broker/seal"
 	"tokenbroker/spawnerhook"
 )
@@ -210,13 +213,69 @@ func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (b
 			return nil, fmt.Errorf("client_secret_file: %w", err)
 		}
 	}
-	return oauthprovider.New(oauthprovider.Config{
+	p, err := oauthprovider.New(oauthprovider.Config{
 		Name: name, Profile: c.Profile, Issuer: c.Issuer, DiscoveryURL: c.DiscoveryURL,
 		Endpoints: oauthprovider.Endpoints(c.Endpoints),
 		ClientID:  c.ClientID, ClientSecret: secret, AuthStyle: c.AuthStyle, PrivateKeyFile: c.PrivateKeyFile,
 		CAFile: c.CAFile, Proxy: c.Proxy, RedirectURI: c.RedirectURI, Roles: c.Roles, Audiences: c.Audiences,
 		Narrowing: broker.Narrowing(c.Narrowing), Adopt: c.Adopt, Log: log,
 	})
+	if err != nil || c.Events == nil {
+		return p, err
+	}
+	events, err := openEvents(name, c, log)
+	if err != nil {
+		return nil, err
+	}
+	return watched{p, events}, nil
+}
+
+// A watched provider is one whose events are read.
+type watched struct {
+	broker.Provider
+	events *rolewatch.Keycloak
+}
+
+// Check says whether the provider answers now, and tells of its events.
+func (w watched) Check(ctx context.Context) error {
+	if err := w.Provider.Check(ctx); err != nil {
+		return err
+	}
+	return w.events.Check(ctx)
+}
+
+func openEvents(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*rolewatch.Keycloak, error) {
+	secret, err := readSecret(c.Events.ClientSecretFile)
+	if err != nil {
+		return nil, fmt.Errorf("events.client_secret_file: %w", err)
+	}
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.Proxy = nil // the environment is not asked
+	if transport.TLSClientConfig, err = clientTLS(c.CAFile); err != nil {
+		return nil, fmt.Errorf("ca_file: %w", err)
+	}
+	if c.Proxy != "" {
+		proxy, err := url.Parse(c.Proxy)
+		if err != nil {
+			return nil, errors.New("proxy: it is not a URL") // it may hold a password: not shown
+		}
+		transport.Proxy = http.ProxyURL(proxy)
+	}
+	return rolewatch.NewKeycloak(rolewatch.KeycloakConfig{
+		Provider: name, URL: c.Events.URL, ClientID: c.Events.ClientID, ClientSecret: secret, Every: c.Events.Every,
+		Transport: transport, Log: log,
+	})
+}
+
+// watch has what the sources tell followed until ctx ends.
+func (p *parts) watch(ctx context.Context, b *broker.Broker) {
+	var all sync.WaitGroup
+	for _, provider := range p.providers {
+		if w, ok := provider.(watched); ok {
+			all.Go(func() { w.events.Run(ctx, b) })
+		}
+	}
+	all.Wait()
 }
 
 // serve is the life of a broker: open, join, run, and close in reverse. It
@@ -249,6 +308,7 @@ func serve(ctx context.Context, cfg *Config, stdout io.Writer, log *slog.Logger,
 	if err := b.Start(ctx); err != nil {
 		return err
 	}
+	watch.Go(func() { p.watch(watching, b) })
 	failed := d.serve()
 	ready(b)
 	select {
@@ -256,6 +316,8 @@ func serve(ctx context.Context, cfg *Config, stdout io.Writer, log *slog.Logger,
 		log.Info("stopping")
 	case err = <-failed:
 	}
+	stop()
+	watch.Wait() // nobody hints at what is closed
 	d.drain()
 	b.Close() // refreshes under way end and are stored
 	return err
