@@ -25,6 +25,9 @@ const (
 	// maxAnswer bounds what is read of one answer. Events hold what they are
 	// about, a realm with all of its settings for one.
 	maxAnswer = 32 << 20
+	// tokenFor is how long a token is used at the most, however long it lives: it
+	// has the rights of the time when it was given, and tells the time of then.
+	tokenFor = time.Minute
 )
 
 var errUnreadable = errors.New("the answer can't be read")
@@ -194,7 +197,7 @@ func readToken(r io.Reader) (*token, error) {
 		return nil, errUnreadable
 	}
 	got := time.Now()
-	life := time.Duration(min(max(answer.Life, 1), 3600)) * time.Second
+	life := min(time.Duration(max(answer.Life, 1)), tokenFor/time.Second) * time.Second
 	return &token{broker.NewSecret(answer.Bearer), time.Unix(claims.Issued, 0), got, got.Add(life * 4 / 5)}, nil
 }
 

@@ -373,9 +373,9 @@ func TestATokenThatIsTakenBackIsReplacedAtOnce(t *testing.T) {
 			}
 		}
 		if tokens < 60 || tokens > 90 {
-			t.Errorf("%d tokens in an hour, of a minute each", tokens)
+			t.Errorf("%d tokens in an hour, want one for each minute", tokens)
 		}
-	})
+	}, func(r *rig) { r.life = time.Hour })
 }
 
 // Each trouble is said once, with what to do, and asks are what they were when it
