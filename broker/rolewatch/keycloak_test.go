@@ -128,6 +128,33 @@ func TestMoreThanAPageIsReadPageByPage(t *testing.T) {
 	})
 }
 
+// What was followed before a page failed is not followed again with each try.
+func TestAPageThatFails(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.lookedAt(started)
+		for i := range 300 {
+			r.lost(fmt.Sprint(i), fmt.Sprint(i))
+			time.Sleep(time.Millisecond)
+		}
+		page := 0
+		r.in(func(path string) (int, string) {
+			if path == "/admin-events" {
+				page++
+			}
+			return []int{0, 503}[(page+1)%2], ""
+		})
+		r.wait(50 * time.Second)
+		if n := len(r.looked()); n != 250 || page < 4 {
+			t.Errorf("%d looks, want 250, in %d requests", n, page)
+		}
+		r.in(nil)
+		r.wait(30 * time.Second)
+		if n := len(r.looked()); n != 50 {
+			t.Errorf("%d looks afterwards, want 50", n)
+		}
+	})
+}
+
 func TestMoreThanAPollReadsIsALookAtEverybody(t *testing.T) {
 	for _, atOnce := range []bool{false, true} {
 		inBubble(t, func(r *rig) {
@@ -139,9 +166,13 @@ func TestMoreThanAPollReadsIsALookAtEverybody(t *testing.T) {
 					time.Sleep(time.Millisecond)
 				}
 			}
+			r.requests()
 			r.wait(seenBy)
 			if got := r.looked(); !slices.Contains(got, "*: more events than can be read") {
 				t.Errorf("at once: %t: %d looks, and none at everybody", atOnce, len(got))
+			}
+			if n := len(r.requests()); n > 30 || atOnce && n > 10 {
+				t.Errorf("at once: %t: %d requests", atOnce, n)
 			}
 			r.wait(2 * time.Minute)
 			r.looked()
@@ -337,7 +368,18 @@ func TestAKeycloakInTroubleIsAskedLessOften(t *testing.T) {
 }
 
 // One list may be had and the other not.
-func TestUserEventsInTroubleDoNotStopAdminEvents(t *testing.T) {
+func TestOneListInTroubleDoesNotStopTheOther(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.lookedAt(started)
+		r.in(func(path string) (int, string) {
+			if path == "/admin-events" {
+				return 503, ""
+			}
+			return 0, ""
+		})
+		r.userDid("u1", "LOGOUT", alice)
+		r.saw(alice + ": user event LOGOUT")
+	})
 	inBubble(t, func(r *rig) {
 		r.lookedAt(started)
 		r.in(func(path string) (int, string) {
@@ -432,6 +474,8 @@ func TestARealmThatKeepsNoEventsIsNamed(t *testing.T) {
 	for _, tt := range []struct{ settings, says string }{
 		{`{"eventsEnabled":true,"enabledEventTypes":["LOGOUT","REVOKE_GRANT"],"adminEventsEnabled":false}`, "does not keep the events of administrators: switch on"},
 		{`{"eventsEnabled":false,"enabledEventTypes":["LOGOUT","REVOKE_GRANT"],"adminEventsEnabled":true}`, "does not keep the events of users (LOGOUT and REVOKE_GRANT at least)"},
+		{`{"eventsEnabled":true,"enabledEventTypes":["LOGOUT"],"adminEventsEnabled":true}`, "does not keep the events of users (LOGOUT and REVOKE_GRANT at least)"},
+		{`{"eventsEnabled":true,"enabledEventTypes":["REVOKE_GRANT"],"adminEventsEnabled":true}`, "does not keep the events of users (LOGOUT and REVOKE_GRANT at least)"},
 		{`{"eventsEnabled":true,"enabledEventTypes":["LOGIN"],"adminEventsEnabled":false}`, "of administrators and of users (LOGOUT"},
 	} {
 		inBubble(t, func(r *rig) {
