@@ -143,7 +143,7 @@ func TestAPageThatFails(t *testing.T) {
 			}
 			return []int{0, 503}[(page+1)%2], ""
 		})
-		r.wait(50 * time.Second)
+		r.wait(20 * time.Second)
 		if n := len(r.looked()); n != 250 || page < 4 {
 			t.Errorf("%d looks, want 250, in %d requests", n, page)
 		}
@@ -418,6 +418,23 @@ func TestATokenThatIsTakenBackIsReplacedAtOnce(t *testing.T) {
 			t.Errorf("%d tokens in an hour, want one for each minute", tokens)
 		}
 	}, func(r *rig) { r.life = time.Hour })
+}
+
+// Rights are the token's, so that one which lacks the role is not used again.
+func TestARoleThatIsGivenCountsAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.says("lacks the role view-events", 1)
+		r.wait(2 * every)
+		r.lookedAt(started)
+		r.says("can be read again", 1)
+	}, func(r *rig) {
+		r.in(func(path string) (int, string) {
+			if path != "/token" && r.issued == 1 {
+				return 403, ""
+			}
+			return 0, ""
+		})
+	})
 }
 
 // Each trouble is said once, with what to do, and asks are what they were when it
