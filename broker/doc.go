@@ -75,6 +75,9 @@
 // token that it does not spend: Keycloak does, by introspection. Elsewhere they
 // show at refreshes only: the worst case is the life of an access token.
 //
+// The sources in broker/rolewatch say sooner whom to look at (LookNow, LookAtAll).
+// They are hints: what follows is what the provider says when it is asked.
+//
 // A provider that can't be asked changes nothing. If three subjects or more, and
 // all that a broker has seen in one round, have lost their last role, it raises
 // an alarm and waits for the refreshes to say so. Which roles went and came is in
@@ -93,6 +96,7 @@
 //	memory, servers      server → registration, workload         Unregister; the workload ends  it outlives its socket
 //	memory, views        hub, user → linked grants, groups       the revision moves; 30 s       it is used without its revision
 //	memory, tokens       grant, audience, scopes → access token  expiry; another epoch          it is used without the grant's epoch
+//	memory, rolewatch    id of an event → it was followed        the next whole poll, of a minute  it hides another event
 //	memory, pulse        revision and time of the store          250 ms; a note of a move       the host's clock is used instead
 //	disk, journal        grant → counters, roles, sealed Grant   the store has it for sure      two processes write it
 //	memory, Peer         connection → workload it attested as    the workload is another        it is kept past its connection

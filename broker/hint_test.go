@@ -145,6 +145,23 @@ func TestAllSubjectsAreLookedAtWithTheCautionOfARound(t *testing.T) {
 	})
 }
 
+// Right after a start no container is bound again, and yet all who are here are meant.
+func TestAllSubjectsAreLookedAtBeforeTheirContainersAreBoundAgain(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{})
+		r.provider.SetRoles("alice", "student") // no broker runs
+		r.attestor.Refuse("jupyter-alice", broker.Errorf(broker.Pending, "not yet"))
+		r.restarted()
+		if err := r.LookAtAll(context.Background(), "keycloak", "the broker has started"); err != nil {
+			t.Errorf("LookAtAll: %v", err)
+		}
+		r.attestor.Refuse("jupyter-alice", nil)
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+	})
+}
+
 func TestLogoutAtTheHubDoesWhatTheHubIsConfiguredFor(t *testing.T) {
 	for _, tt := range []struct {
 		on      broker.OnLogout

@@ -35,12 +35,17 @@ func (b *Broker) keepAll(ctx context.Context) {
 	few.Wait()
 }
 
-// grantsHere are the live grants of users whose servers run on this host. With
+// grantsHere are the live grants of users whose servers run on this host.
+func (b *Broker) grantsHere(ctx context.Context) ([]Grant, error) {
+	return b.grantsOf(ctx, func(s *server) bool { return s.State == Bound })
+}
+
+// grantsOf are the live grants of users who have such a server on this host. With
 // an error it returns those that could be read before.
-func (b *Broker) grantsHere(ctx context.Context) (grants []Grant, err error) {
+func (b *Broker) grantsOf(ctx context.Context, such func(*server) bool) (grants []Grant, err error) {
 	users := make(map[userKey]bool)
 	for _, s := range b.servers.list() {
-		if s.State == Bound {
+		if such(s) {
 			users[userKey{s.Key.Hub, s.Key.User}] = true
 		}
 	}

@@ -22,6 +22,7 @@ var layers = map[string]int{
 
 	"broker/redisstore":    2,
 	"broker/oauthprovider": 2,
+	"broker/rolewatch":     2,
 	"broker/peersocket":    2,
 	"broker/grpcserver":    2,
 	"broker/httpserver":    2,

@@ -175,14 +175,15 @@ func (b *Broker) LookNow(ctx context.Context, p ProviderID, sub, cause string) e
 	})
 }
 
-// LookAtAll is LookNow for every subject of p whose user has a running server
-// here: something changed that many share. It is a round of the recheck of its own,
-// with all of its caution.
+// LookAtAll is LookNow for every subject of p whose user has a server here, running
+// or not: right after Start no container is bound again yet. Something has changed
+// that many share, or may have changed while nobody looked. It is a round of the
+// recheck of its own, with all of its caution.
 func (b *Broker) LookAtAll(ctx context.Context, p ProviderID, cause string) error {
 	if _, err := b.provider(p); err != nil {
 		return err
 	}
-	grants, err := b.grantsHere(ctx)
+	grants, err := b.grantsOf(ctx, func(*server) bool { return true })
 	if err != nil {
 		return err
 	}

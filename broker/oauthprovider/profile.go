@@ -18,7 +18,8 @@ type profile struct {
 	// no offence at a spent token. Empty: the server is not asked.
 	introspects []string
 	// revokesAccessAlone says that a revoked access token leaves its session
-	// alone; elsewhere it may end the refresh token, too (RFC 7009, section 2.1).
+	// alone, unless tokens of that session are exchanged; elsewhere it may end the
+	// refresh token, too (RFC 7009, section 2.1).
 	revokesAccessAlone bool
 	rules              []rule
 }
@@ -74,8 +75,12 @@ var profiles = map[string]profile{
 		exchanged: []string{"openid"},
 		// The roles are computed anew (measured on 26.5.5). A spent token is called
 		// active, too, and ends nothing.
-		introspects:        []string{"Refresh", "Offline"},
-		revokesAccessAlone: true, // measured on 26.5.5
+		introspects: []string{"Refresh", "Offline"},
+		// Measured on 26.5.5: once a client has exchanged a token of its own, any
+		// access token of that session takes the client out of it when it is
+		// revoked, and the refresh token is dead ("Session doesn't have required
+		// client").
+		revokesAccessAlone: true,
 		rules: []rule{
 			{opRefresh, "invalid_grant", "User disabled", broker.Disabled, "user_disabled"},
 			{opRefresh, "invalid_grant", "Token is not active", broker.Dead, "expired"},

@@ -161,15 +161,16 @@ func (p *Provider) Info() broker.ProviderInfo {
 	for a, scopes := range p.cfg.Audiences {
 		audiences[a] = slices.Clone(scopes)
 	}
+	narrowing := cmp.Or(p.cfg.Narrowing, p.profile.narrowing)
 	return broker.ProviderInfo{
 		Name:          p.cfg.Name,
 		Issuer:        p.cfg.Issuer,
 		ClientID:      p.cfg.ClientID,
-		Narrowing:     cmp.Or(p.cfg.Narrowing, p.profile.narrowing),
+		Narrowing:     narrowing,
 		Audiences:     audiences,
 		ImpliedScopes: slices.Clone(p.profile.implied),
 
-		RevokesAccessAlone: p.profile.revokesAccessAlone,
+		RevokesAccessAlone: p.profile.revokesAccessAlone && narrowing != broker.ByExchange,
 		RoleClaims:         slices.Clone(p.cfg.Roles),
 		Adopt:              p.cfg.Adopt,
 		RedirectURI:        p.cfg.RedirectURI,

@@ -15,6 +15,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 
 	"tokenbroker/broker"
 	"tokenbroker/broker/oauthprovider"
@@ -301,6 +302,9 @@ func (k checker) oneProvider(key string, p *ProviderConfig) {
 	p.ClientSecretFile = k.secret(key+".client_secret_file", p.ClientSecretFile, false)
 	p.PrivateKeyFile = k.secret(key+".private_key_file", p.PrivateKeyFile, false)
 	p.CAFile = k.optionalFile(key+".ca_file", p.CAFile)
+	if p.Events != nil {
+		k.events(key+".events", p)
+	}
 	if n := broker.Narrowing(p.Narrowing); n != "" && n != broker.ByExchange && n != broker.ByScope && n != broker.Never {
 		k.add(key+".narrowing", "there is no narrowing %q; there are exchange, scope and none", n)
 	}
@@ -332,6 +336,23 @@ func (k checker) onRoleLost(key string, r RuleConfig) {
 		if r.OnRoleLost == broker.StopServer && h.API == nil && (len(r.Hubs) == 0 || slices.Contains(r.Hubs, name)) {
 			k.add(key, "hub %s can't be asked to stop a server: give hubs.%s.api", name, name)
 		}
+	}
+}
+
+func (k checker) events(key string, p *ProviderConfig) {
+	e := p.Events
+	if p.Profile != "keycloak" {
+		k.add(key, "is about Keycloak: say profile: keycloak, or leave it out")
+	}
+	if e.ClientID == "" {
+		k.add(key+".client_id", "is missing")
+	}
+	e.ClientSecretFile = k.secret(key+".client_secret_file", e.ClientSecretFile, true)
+	if e.Every < time.Second {
+		k.add(key+".every", "is less than 1s")
+	}
+	if e.URL == "" {
+		k.add(key+".url", "is missing, and issuer is not the URL of a realm to make it from")
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"tokenbroker/broker"
 	"tokenbroker/broker/oauthprovider"
+	"tokenbroker/broker/rolewatch"
 )
 
 // defaultConfigFile is read where --config names no other.
@@ -218,6 +219,26 @@ type ProviderConfig struct {
 	// come again later; a login waits longer. Default: 100, which is enough for
 	// 2,000 users with running servers on this host.
 	Rate int `yaml:"rate"`
+	// Events has Keycloak's events read, so that a change of somebody's rights is
+	// seen within every and a second instead of a minute. Default: they are not.
+	Events *EventsConfig `yaml:"events,omitempty"`
+}
+
+// EventsConfig is how Keycloak's admin and user events are read (Keycloak 25 or
+// later, profile keycloak). The realm must save both: Realm settings, Events, "Save
+// events". They name users by their id, so sub must be that in tokens, as it is
+// unless somebody has changed the mapper.
+type EventsConfig struct {
+	// URL is that of the realm in the admin API. Default: of the server at
+	// discovery_url or issuer, https://sso.example.org/admin/realms/lab.
+	URL string `yaml:"url,omitempty"`
+	// ClientID is a client of the realm for this alone, with a service account
+	// whose only role is view-events of the client realm-management.
+	ClientID string `yaml:"client_id,omitempty"`
+	// ClientSecretFile holds its secret.
+	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
+	// Every is the time from one poll to the next, 1s at the least. Default: 5s.
+	Every time.Duration `yaml:"every,omitempty"`
 }
 
 // EndpointsConfig names a server's endpoints.
@@ -350,6 +371,10 @@ func (c *Config) fill() {
 		def(&p.Rate, oauthprovider.DefaultRate)
 		if p.Roles == nil {
 			p.Roles = []string{"roles", "groups"}
+		}
+		if p.Events != nil {
+			def(&p.Events.URL, rolewatch.AdminURL(cmp.Or(p.DiscoveryURL, p.Issuer)))
+			def(&p.Events.Every, 5*time.Second)
 		}
 		c.Providers[name] = p
 	}

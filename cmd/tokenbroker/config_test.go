@@ -29,6 +29,11 @@ policy:
   max_ttl: 5m
 `
 
+// keycloak is minimal with events.
+func keycloak(events string) string {
+	return strings.Replace(minimal, "client_id", "profile: keycloak\n    events: "+events+"\n    client_id", 1)
+}
+
 // site writes a configuration file with the secrets that it names, and
 // returns its path.
 func site(t *testing.T, text string) string {
@@ -177,6 +182,13 @@ func TestMistakes(t *testing.T) {
 		{"a rate that is no number", strings.Replace(minimal, "client_id", "rate: 1/s\n    client_id", 1), `providers.keycloak.rate: "1/s" is not a number`},
 		{"an authentication that is none", strings.Replace(minimal, "client_id", "auth_style: magic\n    client_id", 1), "line 2: providers.keycloak: auth_style: it is client_secret_basic"},
 		{"an authority that is none", strings.Replace(minimal, "client_id", "ca_file: secret\n    client_id", 1), "line 2: providers.keycloak: "},
+		{"events", keycloak(`{client_id: events, client_secret_file: secret}`), ""},
+		{"events of another server", strings.Replace(keycloak(`{client_id: events, client_secret_file: secret}`), "profile: keycloak", "profile: generic", 1), "providers.keycloak.events: is about Keycloak: say profile: keycloak"},
+		{"events without a client", keycloak(`{client_secret_file: secret}`), "providers.keycloak.events.client_id: is missing"},
+		{"events without a secret", keycloak(`{client_id: events}`), "providers.keycloak.events.client_secret_file: is missing"},
+		{"events too often", keycloak(`{client_id: events, client_secret_file: secret, every: 100ms}`), "providers.keycloak.events.every: is less than 1s"},
+		{"events of what is no realm", strings.Replace(keycloak(`{client_id: events, client_secret_file: secret}`), "/realms/lab", "", 1), "providers.keycloak.events.url: is missing, and issuer is not the URL of a realm"},
+		{"events at a URL that is no realm's", keycloak(`{client_id: events, client_secret_file: secret, url: "https://sso.example.org/realms/lab"}`), "events.url: it is not the URL of a realm in Keycloak's admin API"},
 		{"a key that opens another keyset", minimal + "keys: {kek_file: wrong-kek}\n", "line 10: keys: "},
 		{"a Redis socket that is too long", minimal + "store: {redis: {socket: " + long + "/redis.sock}}\n", "store.redis.socket: makes a socket path of 112 bytes"},
 		{"a user of Redis without a password", minimal + "store: {redis: {user: tb}}\n", "line 10: store.redis: "},
@@ -282,6 +294,7 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte(minimal))
 	f.Add([]byte("hubs: {main: {listener: {address: '[::1]:1'}}}\nstore: {redis: {db: 1, tls: true}}\n"))
 	f.Add([]byte("store: {redis: {sentinel: {master: lab, addresses: ['a:1']}, cluster: {addresses: [a]}}}\n"))
+	f.Add([]byte(keycloak("{every: 10s}")))
 	f.Add([]byte("a: &a [*a]\nb: *a\n"))
 	f.Add([]byte("policy: [{max_ttl: 5m, roles: [a, 1, true, ~]}]\n<<: *x"))
 	f.Fuzz(func(t *testing.T, data []byte) {

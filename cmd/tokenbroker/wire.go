@@ -9,6 +9,8 @@ import (
 	"io"
 	"log/slog"
 	"maps"
+	"net/http"
+	"net/url"
 	"os"
 	"slices"
 	"sync"
@@ -17,6 +19,7 @@ import (
 	"tokenbroker/broker/oauthprovider"
 	"tokenbroker/broker/peersocket"
 	"tokenbroker/broker/redisstore"
+	"tokenbroker/broker/rolewatch"
 	"tokenbroker/broker/seal"
 	"tokenbroker/spawnerhook"
 )
@@ -214,13 +217,29 @@ func clientTLS(caFile string) (*tls.Config, error) {
 func openProviders(cfg *Config, log *slog.Logger) ([]broker.Provider, error) {
 	var all []broker.Provider
 	for _, name := range slices.Sorted(maps.Keys(cfg.Providers)) {
-		p, err := openProvider(name, cfg.Providers[name], log)
+		p, err := openWatched(name, cfg.Providers[name], log)
 		if err != nil {
 			return nil, fmt.Errorf("providers.%s: %w", name, err)
 		}
 		all = append(all, p)
 	}
 	return all, nil
+}
+
+// openWatched opens a provider and, if they are read, its events.
+func openWatched(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (broker.Provider, error) {
+	p, err := openProvider(name, c, log)
+	if err != nil { // a nil *Provider in an interface would not be nil
+		return nil, err
+	}
+	if c.Events == nil {
+		return p, nil
+	}
+	events, err := openEvents(name, c, log)
+	if err != nil {
+		return nil, err
+	}
+	return watched{p, events}, nil
 }
 
 func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*oauthprovider.Provider, error) {
@@ -238,6 +257,54 @@ func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*
 		CAFile: c.CAFile, Proxy: c.Proxy, RedirectURI: c.RedirectURI, Roles: c.Roles, Audiences: c.Audiences,
 		Narrowing: broker.Narrowing(c.Narrowing), Adopt: c.Adopt, Rate: c.Rate, Log: log,
 	})
+}
+
+// A watched provider is one whose events are read.
+type watched struct {
+	broker.Provider
+	events *rolewatch.Keycloak
+}
+
+// Check says whether the provider answers now, and tells of its events.
+func (w watched) Check(ctx context.Context) error {
+	if err := w.Provider.Check(ctx); err != nil {
+		return err
+	}
+	return w.events.Check(ctx)
+}
+
+func openEvents(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*rolewatch.Keycloak, error) {
+	secret, err := readSecret(c.Events.ClientSecretFile)
+	if err != nil {
+		return nil, fmt.Errorf("events.client_secret_file: %w", err)
+	}
+	transport := http.DefaultTransport.(*http.Transport).Clone()
+	transport.Proxy = nil // the environment is not asked
+	if transport.TLSClientConfig, err = clientTLS(c.CAFile); err != nil {
+		return nil, fmt.Errorf("ca_file: %w", err)
+	}
+	if c.Proxy != "" {
+		proxy, err := url.Parse(c.Proxy)
+		if err != nil {
+			return nil, errors.New("proxy: it is not a URL") // it may hold a password: not shown
+		}
+		transport.Proxy = http.ProxyURL(proxy)
+	}
+	return rolewatch.NewKeycloak(rolewatch.KeycloakConfig{
+		Provider: name, URL: c.Events.URL, ClientID: c.Events.ClientID, ClientSecret: secret, Every: c.Events.Every,
+		Transport: transport, Log: log,
+	})
+}
+
+// watch has what the sources tell followed until ctx ends.
+func (p *parts) watch(ctx context.Context, b *broker.Broker) {
+	var all sync.WaitGroup
+	for _, provider := range p.providers {
+		if w, ok := provider.(watched); ok {
+			all.Go(func() { w.events.Run(ctx, b) })
+		}
+	}
+	all.Wait()
 }
 
 // serve is the life of a broker: open, join, run, and close in reverse. It
@@ -270,6 +337,7 @@ func serve(ctx context.Context, cfg *Config, stdout io.Writer, log *slog.Logger,
 	if err := b.Start(ctx); err != nil {
 		return err
 	}
+	watch.Go(func() { p.watch(watching, b) })
 	failed := d.serve()
 	ready(b)
 	select {
@@ -277,6 +345,8 @@ func serve(ctx context.Context, cfg *Config, stdout io.Writer, log *slog.Logger,
 		log.Info("stopping")
 	case err = <-failed:
 	}
+	stop()
+	watch.Wait() // nobody hints at what is closed
 	d.drain()
 	b.Close() // refreshes under way end and are stored
 	return err

@@ -33,6 +33,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 STATE = CHECKOUT / ".state"
 REALM = "lab"
 USERS = ("alice", "bob", "carol")  # may use the hub; mallory may not
+EVENTS_EVERY = 5  # seconds from one look at Keycloak's events to the next
 OLD_WAY = "old"  # a hub that hands refresh tokens to containers, as before the broker
 BROKER = "broker"
 
@@ -222,7 +223,7 @@ class Stack:
         (self.dir / "stack.json").write_text(json.dumps(self.settings, indent=1))
 
     def _write_files(self):
-        for name in ("storage-secret", "compute-secret", "keycloak-admin"):
+        for name in ("storage-secret", "compute-secret", "tokenbroker-events-secret", "keycloak-admin"):
             write(self.dir / "secrets" / name, secrets.token_urlsafe(32))
         for hub in self.settings["hubs"]:
             for name in ("client-secret", "proxy-token", "api-token"):
@@ -274,7 +275,7 @@ class Stack:
                 url = self.settings["hubs"][hub_of[id]]["url"]
                 client["secret"] = self.secret(f"{hub_of[id]}-client-secret")
                 client["redirectUris"] = [f"{url}/hub/oauth_callback"]
-            elif id in ("storage", "compute"):
+            elif id in ("storage", "compute", "tokenbroker-events"):
                 client["secret"] = self.secret(f"{id}-secret")
             else:
                 continue  # a hub that this stack doesn't have
@@ -313,6 +314,7 @@ providers:
     roles: [roles, groups]
     audiences: {{storage: [storage], compute: [compute]}}
     adopt: true
+    events: {{client_id: tokenbroker-events, client_secret_file: {d}/secrets/tokenbroker-events-secret, every: {EVENTS_EVERY}s}}
 policy:
   - {{roles: [researcher], provider: keycloak, audiences: [storage], scopes: [storage], max_ttl: 5m}}
   - {{roles: [researcher], provider: keycloak, audiences: [compute], scopes: [compute], max_ttl: 5m}}
