@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -223,6 +224,17 @@ func openProviders(cfg *Config, log *slog.Logger) ([]broker.Provider, error) {
 	return all, nil
 }
 
+// use is a as the adapter wants it; nil if there is none.
+func (a *RolesAPIConfig) use() *oauthprovider.RolesAPI {
+	if a == nil {
+		return nil
+	}
+	return &oauthprovider.RolesAPI{
+		URL: a.URL, Path: a.Path, Claim: a.Claim, TokenURL: a.TokenURL,
+		Secret: func() (broker.Secret, error) { return readSecret(cmp.Or(a.APIKeyFile, a.TokenFile)) },
+	}
+}
+
 func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*oauthprovider.Provider, error) {
 	var secret broker.Secret
 	if c.ClientSecretFile != "" {
@@ -237,6 +249,7 @@ func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*
 		ClientID:  c.ClientID, ClientSecret: secret, AuthStyle: c.AuthStyle, PrivateKeyFile: c.PrivateKeyFile,
 		CAFile: c.CAFile, Proxy: c.Proxy, RedirectURI: c.RedirectURI, Roles: c.Roles, Audiences: c.Audiences,
 		Narrowing: broker.Narrowing(c.Narrowing), Adopt: c.Adopt, Rate: c.Rate, Log: log,
+		RolesAPI: c.RolesAPI.use(), RefreshEndsAccess: c.RefreshEndsAccess,
 	})
 }
 
