@@ -72,8 +72,13 @@
 // confirmLease (250 ms) later at the worst, as long as the provider answers, and
 // four looks at a time and its rate keep up; one that is given works as soon,
 // without a login. It is so where the provider shows the roles of now by a refresh
-// token that it does not spend: Keycloak does, by introspection. Elsewhere they
-// show at refreshes only: the worst case is the life of an access token.
+// token that it does not spend: Keycloak does, by introspection; or by a management
+// API that is configured (roles_api). Elsewhere they show at refreshes only: so a
+// grant of such a user that was not refreshed for some four minutes, by each grant's
+// own point in time, is, and the worst case is SpendingWithin (5 min), confirmLease,
+// and what the provider takes. Where a refresh would end the access token that is in
+// use (refresh_ends_access) there is none for this, and the worst case is the life of
+// an access token.
 //
 // The sources in broker/rolewatch say sooner whom to look at (LookNow, LookAtAll).
 // They are hints: what follows is what the provider says when it is asked.

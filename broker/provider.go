@@ -35,7 +35,7 @@ type Provider interface {
 	Exchange(ctx context.Context, access Secret, t Target) (Issued, error)
 
 	// Look says who sub is now, for whom refresh was issued, and spends nothing
-	// (RFC 7662). It fails with class Dead if the provider calls the token
+	// (RFC 7662, or a management API). It fails with class Dead if the provider calls the token
 	// inactive, which some do for an account that is only switched off: a refresh
 	// tells. A provider that doesn't show the roles of now by a refresh token
 	// fails with class Misconfigured and reason "unsupported"; any other error
@@ -71,6 +71,9 @@ type ProviderInfo struct {
 	// RevokesAccessAlone says that an access token can be revoked without an end
 	// of the session it comes from.
 	RevokesAccessAlone bool
+	// RefreshEndsAccess says that a refresh ends the access token before it, so
+	// that none is made only to see the roles.
+	RefreshEndsAccess bool
 	// RedirectURI, if not empty, is the only one a login may name.
 	RedirectURI string
 }

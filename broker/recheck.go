@@ -21,12 +21,22 @@ import (
 // role claim that comes or goes as a whole (a provider may put it into tokens and
 // not into what it tells about them). No answer, and no role for anybody any
 // more, mean that nothing is known, and change nothing.
+//
+// A provider that shows nothing without a refresh is not looked at: such a grant is
+// refreshed once it has not been for a while, so that there is a worst case for it,
+// too.
 const (
 	// RecheckWithin is how long a change of roles may go unseen at the worst: a
 	// role is taken away right after a look, the next look comes one round later,
 	// and what it says counts when that round is over.
 	RecheckWithin = 2 * recheckEvery
 	recheckEvery  = 30 * time.Second
+	// SpendingWithin is the same where only a refresh shows the roles: each grant
+	// is refreshed so long before it that one more round fits in, and not all at
+	// once. Tokens of five minutes that are in use are renewed as often anyway.
+	SpendingWithin = 5 * time.Minute
+	spendLatest    = SpendingWithin - recheckEvery
+	spendSpread    = spendLatest / 4
 	// recheckSpread is the part of a round over which its looks are spread, each
 	// grant at its own point. The rest is for the answers.
 	recheckSpread = recheckEvery - 2*lookWithin
@@ -115,7 +125,7 @@ func (r *round) note(p ProviderID, f func(s *sight)) {
 }
 
 func (r *round) givenUp(p ProviderID) (yes bool) {
-	r.note(p, func(s *sight) { yes = s.failed >= looksFailed || unsupported(s.err) })
+	r.note(p, func(s *sight) { yes = s.failed >= looksFailed })
 	return yes
 }
 
@@ -133,6 +143,10 @@ func (b *Broker) recheckOne(ctx context.Context, r *round, k GrantKey) {
 		return // to be seen at a refresh, or no longer ours to see
 	case errors.As(err, &pe) && (pe.Class == Dead || pe.Class == Disabled):
 		b.confirm(ctx, l, pe.Reason)
+		return
+	case unsupported(err):
+		spent, failed := b.spend(ctx, l)
+		r.note(k.Provider, func(s *sight) { s.instead(spent, failed, err) })
 		return
 	case err != nil || !id.Known:
 		r.note(k.Provider, func(s *sight) { s.failed, s.err = s.failed+1, err })
@@ -227,6 +241,41 @@ func (b *Broker) lookOnce(ctx context.Context, k GrantKey, cause string) error {
 	return nil
 }
 
+// spend refreshes l if it has not been refreshed for long, for then a role that was
+// taken away would go unseen. What comes of it is in the grant; an error says that
+// nothing is known.
+func (b *Broker) spend(ctx context.Context, l looked) (spent bool, err error) {
+	due := l.RefreshedAt.Add(spendLatest - l.Key.spread(spendSpread))
+	if due.After(l.at) || b.providers[l.Key.Provider].Info().RefreshEndsAccess {
+		return false, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, confirmWithin)
+	defer cancel()
+	_, err = b.whole(ctx, l.Key, func(t *cachedToken) bool { return !t.IssuedAt.Before(due) })
+	if settled(err) {
+		err = nil
+	}
+	return true, err
+}
+
+// settled says whether a refresh for the sake of the roles has shown how things
+// are. It has logged what is not as it was.
+func settled(err error) bool {
+	return err == nil || errors.Is(err, ErrLoginRequired) || errors.Is(err, ErrDenied) || errors.Is(err, ErrRevoked)
+}
+
+// instead notes what came of a refresh, if there was one, in the place of a look
+// that can't be had.
+func (s *sight) instead(spent bool, failed, look error) {
+	switch {
+	case failed != nil:
+		s.failed, s.err = s.failed+1, failed
+	case spent:
+		s.failed = 0
+	}
+	s.err = cmp.Or(s.err, look)
+}
+
 // add notes that l has roles now.
 func (s *sight) add(l looked, roles []string) {
 	s.failed = 0
@@ -308,10 +357,10 @@ func (b *Broker) confirm(ctx context.Context, l looked, why string) {
 	defer cancel()
 	_, err := b.whole(ctx, l.Key, func(t *cachedToken) bool { return !t.IssuedAt.Before(l.at) })
 	switch {
-	case errors.Is(err, ErrLoginRequired), errors.Is(err, ErrDenied), errors.Is(err, ErrRevoked):
-		return // it is so, and the refresh has logged it
-	case err != nil:
+	case !settled(err):
 		b.cfg.Log.Warn("what the provider told about a session could not be confirmed; nothing changes", "grant", l.Key, "why", why, "err", err)
+		return
+	case err != nil:
 		return
 	}
 	if g, err := b.loadGrant(ctx, l.Key); err == nil && slices.Equal(g.Roles, l.Roles) {
@@ -323,10 +372,11 @@ func (b *Broker) confirm(ctx context.Context, l looked, why string) {
 // tell says what of a provider could not be seen; that it never can be, once.
 func (b *Broker) tell(p ProviderID, s *sight, told map[ProviderID]bool) {
 	switch {
-	case s.err == nil, told[p]:
+	case s.err == nil, unsupported(s.err) && told[p]:
 	case unsupported(s.err):
 		told[p] = true
-		b.cfg.Log.Info("the provider does not show roles between refreshes; they are seen at refreshes only", "provider", p)
+		b.cfg.Log.Info("the provider does not show roles between refreshes; they are seen at refreshes only",
+			"provider", p, "refreshed_for_them", !b.providers[p].Info().RefreshEndsAccess)
 	default:
 		b.cfg.Log.Warn("roles could not be rechecked; nothing changes", "provider", p, "err", s.err)
 	}

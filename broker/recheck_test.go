@@ -136,25 +136,6 @@ func TestALookWithoutAnAnswerChangesNothing(t *testing.T) {
 	}
 }
 
-func TestAProviderThatShowsNothingIsLeftToTheRefreshes(t *testing.T) {
-	inBubble(t, func(r *rig) {
-		r.provider.OnLook(func(*broker.Identity) error {
-			return &broker.ProviderError{Class: broker.Misconfigured, Reason: "unsupported"}
-		})
-		r.loggedIn("alice")
-		p := r.running("alice", 100)
-		r.token(p, broker.Want{})
-		r.provider.SetRoles("alice")
-		time.Sleep(4 * time.Minute)
-		r.token(p, broker.Want{})
-		if n := strings.Count(r.log.String(), "does not show roles between refreshes"); n != 1 {
-			t.Errorf("the log says it %d times, want once", n)
-		}
-		time.Sleep(time.Minute) // the token is over
-		r.refused(p, broker.Want{}, broker.ErrDenied)
-	})
-}
-
 func TestASessionThatEndedAsksForALogin(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.provider.SetLife(time.Hour)

@@ -69,9 +69,13 @@ func (p *Provider) returning(ctx context.Context, m *metadata, a *answer, sub st
 // identity collects the roles of sub. Each configured claim is taken from the
 // first of ID token, access token and userinfo that has it. All are of this
 // moment, and a claim that none of them has means no roles; but if one of them
-// should have been asked and didn't answer, the roles are not known.
+// should have been asked and didn't answer, the roles are not known. A RolesAPI
+// is asked in the place of all of them.
 func (p *Provider) identity(ctx context.Context, m *metadata, a *answer, sub string, id, user claims) broker.Identity {
 	access := p.accessClaims(a)
+	if p.api != nil {
+		return p.api.after(ctx, sub, cmp.Or(id.text("preferred_username"), access.text("preferred_username"), user.text("preferred_username")))
+	}
 	who := broker.Identity{Sub: sub, Known: id != nil || access != nil || user != nil}
 	if user == nil && m.Userinfo != "" && p.looksFurther(id, access) {
 		var err error

@@ -10,12 +10,15 @@ import (
 	"tokenbroker/broker"
 )
 
-// Look introspects a refresh token (RFC 7662), where the profile says what comes
-// of that. No token_type_hint is sent: it may only make the search shorter, and
+// Look asks the RolesAPI, or else introspects the refresh token (RFC 7662), where
+// the profile says what comes of that. No token_type_hint is sent: it may only make the search shorter, and
 // servers differ in which they know.
 func (p *Provider) Look(ctx context.Context, refresh broker.Secret, sub string) (broker.Identity, error) {
 	ctx, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
+	if p.api != nil {
+		return p.api.look(ctx, sub)
+	}
 	unsupported := &broker.ProviderError{Class: broker.Misconfigured, Reason: "unsupported"}
 	if len(p.profile.introspects) == 0 {
 		return broker.Identity{}, unsupported

@@ -162,24 +162,34 @@ func (p *Provider) get(ctx context.Context, from string) ([]byte, error) {
 	if err != nil {
 		return nil, &broker.ProviderError{Class: broker.Misconfigured, Reason: "bad_url"}
 	}
+	r, err := p.fetch(req)
+	if err != nil {
+		return nil, err
+	}
+	if r.status != http.StatusOK {
+		class, reason := byStatus(opLook, r.status, false)
+		if r.status == http.StatusNotFound {
+			class, reason = broker.Misconfigured, "not_found" // a realm or path that there is not
+		}
+		return nil, &broker.ProviderError{Class: class, Reason: "discovery_" + reason, Status: r.status, RetryAfter: retryAfter(r.header)}
+	}
+	return r.body, nil
+}
+
+// fetch sends a request that spends nothing and reads the answer. Of one that is
+// not favourable the status will do.
+func (p *Provider) fetch(req *http.Request) (*reply, error) {
 	req.Header.Set("Accept", "application/json")
 	resp, err := p.look.Do(req)
 	if err != nil {
 		return nil, unreached(opLook, false, err)
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
-		class, reason := byStatus(opLook, resp.StatusCode, false)
-		if resp.StatusCode == http.StatusNotFound {
-			class, reason = broker.Misconfigured, "not_found" // a realm or path that there is not
-		}
-		return nil, &broker.ProviderError{Class: class, Reason: "discovery_" + reason, Status: resp.StatusCode, RetryAfter: retryAfter(resp.Header)}
-	}
 	body, err := io.ReadAll(resp.Body)
-	if err != nil {
+	if err != nil && resp.StatusCode == http.StatusOK {
 		return nil, unreached(opLook, true, err)
 	}
-	return body, nil
+	return &reply{resp.StatusCode, resp.Header, body}, nil
 }
 
 // knock asks a server without discovery whether it is there. Any answer but

@@ -8,6 +8,7 @@
 //	answer.go     what a token answer says
 //	identity.go   whom it is about, and their roles
 //	introspect.go the same between refreshes, without spending anything
+//	rolesapi.go   the same by a management API, which then says all roles
 //	classify.go   what a refusal means for the grant
 //	profile.go    the families of servers
 //
@@ -70,6 +71,10 @@ type Config struct {
 	Audiences   map[string][]string // audience → scopes that must be asked for with it
 	Narrowing   broker.Narrowing    // empty: the profile's
 	Adopt       bool
+	// RefreshEndsAccess says that a refresh ends the access token before it.
+	RefreshEndsAccess bool
+	// RolesAPI, if not nil, says the roles. Roles is then its claim alone.
+	RolesAPI *RolesAPI
 
 	Rate    int           // requests in any second, at most; 0: DefaultRate
 	Timeout time.Duration // of one call, all requests of it together; 0: 30 s
@@ -97,6 +102,7 @@ type Provider struct {
 	timeout time.Duration
 	log     *slog.Logger
 	gate    *gate
+	api     *rolesAPI // nil: roles are in tokens, userinfo and introspection
 
 	once *http.Client // for POSTs: a new connection each
 	look *http.Client // for GETs
@@ -127,6 +133,11 @@ func New(cfg Config) (*Provider, error) {
 	p.gate = newGate(cmp.Or(cfg.Rate, DefaultRate), p.log, p.reach)
 	if err := p.open(); err != nil {
 		return nil, err
+	}
+	if a := cfg.RolesAPI; a != nil {
+		log := p.log.With("api", "roles_api")
+		p.cfg.Roles = []string{a.Claim}
+		p.api = &rolesAPI{RolesAPI: *a, gate: newGate(cmp.Or(cfg.Rate, DefaultRate), log, nil), log: log, fetch: p.fetch, missing: make(map[string]bool)}
 	}
 	if cfg.Endpoints.Token != "" {
 		m, err := p.use(&metadata{Issuer: cfg.Issuer}, "")
@@ -172,6 +183,7 @@ func (p *Provider) Info() broker.ProviderInfo {
 
 		RevokesAccessAlone: p.profile.revokesAccessAlone && narrowing != broker.ByExchange,
 		RoleClaims:         slices.Clone(p.cfg.Roles),
+		RefreshEndsAccess:  p.cfg.RefreshEndsAccess,
 		Adopt:              p.cfg.Adopt,
 		RedirectURI:        p.cfg.RedirectURI,
 	}
@@ -372,6 +384,12 @@ func (c Config) check() error {
 	case "", broker.ByExchange, broker.ByScope, broker.Never:
 	default:
 		add(true, "narrowing: it is exchange, scope or none")
+	}
+	if c.RolesAPI != nil {
+		add(len(c.Roles) > 0 && !slices.Equal(c.Roles, []string{c.RolesAPI.Claim}), "roles: with roles_api they are its claim alone; leave it out")
+		field, what := c.RolesAPI.Wrong()
+		add(what != "", "roles_api."+field+": it "+what)
+		add(c.RolesAPI.Secret == nil, "roles_api.token_file: it is needed")
 	}
 	slices.SortFunc(wrong, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return errors.Join(append(wrong, c.checkAuth())...)

@@ -305,6 +305,9 @@ func (k checker) oneProvider(key string, p *ProviderConfig) {
 	if p.Events != nil {
 		k.events(key+".events", p)
 	}
+	if p.RolesAPI != nil {
+		k.rolesAPI(key, p)
+	}
 	if n := broker.Narrowing(p.Narrowing); n != "" && n != broker.ByExchange && n != broker.ByScope && n != broker.Never {
 		k.add(key+".narrowing", "there is no narrowing %q; there are exchange, scope and none", n)
 	}
@@ -320,6 +323,25 @@ func (k checker) oneProvider(key string, p *ProviderConfig) {
 			k.add(key+"."+sub, "is not a URL with http:// or https://")
 		}
 	}
+}
+
+func (k checker) rolesAPI(key string, p *ProviderConfig) {
+	a := p.RolesAPI
+	if !slices.Equal(p.Roles, []string{a.Claim}) {
+		k.add(key+".roles", "with roles_api all roles come from it, as %s/…: leave this out", a.Claim)
+	}
+	key += ".roles_api"
+	if field, what := a.use().Wrong(); what != "" {
+		k.add(key+"."+field, "%s", what)
+	}
+	switch {
+	case a.TokenURL != "" && a.TokenFile != "":
+		k.add(key+".token_file", "is of no use beside token_url, which gives the token")
+	case a.TokenURL == "" && a.APIKeyFile != "":
+		k.add(key+".token_url", "is missing; api_key_file says what is traded there")
+	}
+	a.TokenFile = k.secret(key+".token_file", a.TokenFile, a.TokenURL == "" && a.APIKeyFile == "")
+	a.APIKeyFile = k.secret(key+".api_key_file", a.APIKeyFile, a.TokenURL != "")
 }
 
 func (k checker) onRoleLost(key string, r RuleConfig) {

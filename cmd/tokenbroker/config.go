@@ -212,6 +212,16 @@ type ProviderConfig struct {
 	Audiences map[string][]string `yaml:"audiences,omitempty"`
 	// Narrowing is exchange, scope or none. Default: the profile's.
 	Narrowing string `yaml:"narrowing,omitempty"`
+	// RolesAPI is a management API that says which roles a user has now, for a
+	// server that neither puts them into tokens nor shows them otherwise, such as IBM
+	// App ID. All roles then come from there: at logins and refreshes, and twice a
+	// minute for users with a running server. An answer that fails changes no roles.
+	// Default: none.
+	RolesAPI *RolesAPIConfig `yaml:"roles_api,omitempty"`
+	// RefreshEndsAccess says that a refresh ends the access token before it, as at
+	// GitHub and GitLab. Otherwise, where roles show at refreshes only, sessions with
+	// a running server are refreshed every four minutes or so to see them.
+	RefreshEndsAccess bool `yaml:"refresh_ends_access,omitempty"`
 	// Adopt takes refresh tokens that the hub has from before the broker.
 	Adopt bool `yaml:"adopt,omitempty"`
 	// Rate is how many requests this broker sends the provider in any second, of
@@ -239,6 +249,26 @@ type EventsConfig struct {
 	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
 	// Every is the time from one poll to the next, 1s at the least. Default: 5s.
 	Every time.Duration `yaml:"every,omitempty"`
+}
+
+// RolesAPIConfig is a management API. ca_file and proxy hold for it, too; rate does
+// once more, apart from the server's own.
+type RolesAPIConfig struct {
+	// URL is that of a user's roles; {sub} in its path stands for the user's subject,
+	// as in https://eu-gb.appid.cloud.ibm.com/management/v4/TENANT/users/{sub}/roles.
+	URL string `yaml:"url,omitempty"`
+	// Path leads to the roles in the answer: a name steps into an object, [] into
+	// each item of an array. An answer to which it doesn't fit changes nothing.
+	// Default: roles[].name.
+	Path string `yaml:"path,omitempty"`
+	// Claim is what a rule calls them: claim/value. Default: roles.
+	Claim string `yaml:"claim,omitempty"`
+	// TokenFile holds the bearer token for it, and is read for each request.
+	TokenFile string `yaml:"token_file,omitempty"`
+	// TokenURL and APIKeyFile get a bearer token in its place from IBM Cloud IAM:
+	// https://iam.cloud.ibm.com/identity/token.
+	TokenURL   string `yaml:"token_url,omitempty"`
+	APIKeyFile string `yaml:"api_key_file,omitempty"`
 }
 
 // EndpointsConfig names a server's endpoints.
@@ -369,7 +399,14 @@ func (c *Config) fill() {
 	for name, p := range c.Providers {
 		def(&p.Profile, "generic")
 		def(&p.Rate, oauthprovider.DefaultRate)
-		if p.Roles == nil {
+		switch a := p.RolesAPI; {
+		case a != nil:
+			def(&a.Path, "roles[].name")
+			def(&a.Claim, "roles")
+			if p.Roles == nil {
+				p.Roles = []string{a.Claim}
+			}
+		case p.Roles == nil:
 			p.Roles = []string{"roles", "groups"}
 		}
 		if p.Events != nil {

@@ -34,6 +34,11 @@ func keycloak(events string) string {
 	return strings.Replace(minimal, "client_id", "profile: keycloak\n    events: "+events+"\n    client_id", 1)
 }
 
+// rolesAPI is minimal with a management API.
+func rolesAPI(api string) string {
+	return strings.Replace(minimal, "client_id", "roles_api: {"+api+"}\n    client_id", 1)
+}
+
 // site writes a configuration file with the secrets that it names, and
 // returns its path.
 func site(t *testing.T, text string) string {
@@ -189,6 +194,21 @@ func TestMistakes(t *testing.T) {
 		{"events too often", keycloak(`{client_id: events, client_secret_file: secret, every: 100ms}`), "providers.keycloak.events.every: is less than 1s"},
 		{"events of what is no realm", strings.Replace(keycloak(`{client_id: events, client_secret_file: secret}`), "/realms/lab", "", 1), "providers.keycloak.events.url: is missing, and issuer is not the URL of a realm"},
 		{"events at a URL that is no realm's", keycloak(`{client_id: events, client_secret_file: secret, url: "https://sso.example.org/realms/lab"}`), "events.url: it is not the URL of a realm in Keycloak's admin API"},
+		{"roles by an API", rolesAPI(`url: "https://a.example/{sub}", token_file: secret`), ""},
+		{"roles by an API with a key", rolesAPI(`url: "https://a.example/{sub}/roles", path: "[].id", claim: role, token_url: "https://iam.example", api_key_file: secret`), ""},
+		{"roles by an API without a URL", rolesAPI(`token_file: secret`), "line 4: providers.keycloak.roles_api.url: is missing"},
+		{"roles by an API in the clear", rolesAPI(`url: "http://a.example/{sub}", token_file: secret`), "line 4: providers.keycloak.roles_api.url: is not a URL with https://"},
+		{"roles of nobody", rolesAPI(`url: "https://a.example/", token_file: secret`), "line 4: providers.keycloak.roles_api.url: wants {sub} in its path, once"},
+		{"a path in another language", rolesAPI(`url: "https://a.example/{sub}", token_file: secret, path: $.roles`), "line 4: providers.keycloak.roles_api.path: is not of the form roles[].name"},
+		{"roles by an API without a token", rolesAPI(`url: "https://a.example/{sub}"`), "line 4: providers.keycloak.roles_api.token_file: is missing"},
+		{"a token for it that is not there", rolesAPI(`url: "https://a.example/{sub}", token_file: absent`), "line 4: providers.keycloak.roles_api.token_file: DIR/absent does not exist"},
+		{"a key for it without a place", rolesAPI(`url: "https://a.example/{sub}", api_key_file: secret`), "line 4: providers.keycloak.roles_api.token_url: is missing"},
+		{"a place for it without a key", rolesAPI(`url: "https://a.example/{sub}", token_url: "https://iam.example"`), "line 4: providers.keycloak.roles_api.api_key_file: is missing"},
+		{"a token for it and a place", rolesAPI(`url: "https://a.example/{sub}", token_file: secret, token_url: "https://iam.example", api_key_file: secret`), "roles_api.token_file: is of no use beside token_url"},
+		{"a place for it in the clear", rolesAPI(`url: "https://a.example/{sub}", token_url: "http://iam.example", api_key_file: secret`), "roles_api.token_url: is not a URL with https://"},
+		{"an unknown key of it", rolesAPI(`url: "https://a.example/{sub}", token_file: secret, claims: x`), "line 4: providers.keycloak.roles_api.claims: unknown key; did you mean claim?"},
+		{"claims beside it", strings.Replace(rolesAPI(`url: "https://a.example/{sub}", token_file: secret`), "roles_api:", "roles: [groups]\n    roles_api:", 1), "line 4: providers.keycloak.roles: with roles_api all roles come from it, as roles/…: leave this out"},
+		{"a server whose refreshes end tokens", strings.Replace(minimal, "client_id", "refresh_ends_access: true\n    client_id", 1), ""},
 		{"a key that opens another keyset", minimal + "keys: {kek_file: wrong-kek}\n", "line 10: keys: "},
 		{"a Redis socket that is too long", minimal + "store: {redis: {socket: " + long + "/redis.sock}}\n", "store.redis.socket: makes a socket path of 112 bytes"},
 		{"a user of Redis without a password", minimal + "store: {redis: {user: tb}}\n", "line 10: store.redis: "},

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -242,6 +243,17 @@ func openWatched(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (br
 	return watched{p, events}, nil
 }
 
+// use is a as the adapter wants it; nil if there is none.
+func (a *RolesAPIConfig) use() *oauthprovider.RolesAPI {
+	if a == nil {
+		return nil
+	}
+	return &oauthprovider.RolesAPI{
+		URL: a.URL, Path: a.Path, Claim: a.Claim, TokenURL: a.TokenURL,
+		Secret: func() (broker.Secret, error) { return readSecret(cmp.Or(a.APIKeyFile, a.TokenFile)) },
+	}
+}
+
 func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*oauthprovider.Provider, error) {
 	var secret broker.Secret
 	if c.ClientSecretFile != "" {
@@ -256,6 +268,7 @@ func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*
 		ClientID:  c.ClientID, ClientSecret: secret, AuthStyle: c.AuthStyle, PrivateKeyFile: c.PrivateKeyFile,
 		CAFile: c.CAFile, Proxy: c.Proxy, RedirectURI: c.RedirectURI, Roles: c.Roles, Audiences: c.Audiences,
 		Narrowing: broker.Narrowing(c.Narrowing), Adopt: c.Adopt, Rate: c.Rate, Log: log,
+		RolesAPI: c.RolesAPI.use(), RefreshEndsAccess: c.RefreshEndsAccess,
 	})
 }
 
