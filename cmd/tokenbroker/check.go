@@ -264,7 +264,7 @@ func (k checker) parts() {
 		if k.wrong(key) {
 			continue
 		}
-		if _, err := openProvider(name, k.c.Providers[name], slog.New(slog.DiscardHandler)); err != nil {
+		if _, err := openWatched(name, k.c.Providers[name], slog.New(slog.DiscardHandler)); err != nil {
 			k.add(key, "%v", err)
 		}
 	}
