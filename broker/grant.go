@@ -144,12 +144,13 @@ func (g Grant) record() grantRecord { return grantRecord{Grant: g, Refresh: g.Re
 // others have changed is noted, so that a store that forgets it hears it again
 // from everybody who has seen it.
 func (b *Broker) loadGrant(ctx context.Context, k GrantKey) (Grant, error) {
+	known := b.known(k)
 	var r grantRecord
 	_, err := b.vault.load(ctx, k.record(), &r)
 	if err != nil && !errors.Is(err, ErrAbsent) {
 		return Grant{}, err
 	}
-	g, exists, _ := b.healed(k, r.open(), err == nil)
+	g, exists, _ := b.healed(known, r.open(), err == nil)
 	if !exists {
 		return Grant{}, ErrAbsent
 	}
@@ -160,8 +161,9 @@ func (b *Broker) loadGrant(ctx context.Context, k GrantKey) (Grant, error) {
 // changeGrant is update for grants. What the store has forgotten is put right
 // before change sees it, and with it.
 func (b *Broker) changeGrant(ctx context.Context, k GrantKey, change func(g *Grant, exists bool) error) (Grant, error) {
+	known := b.known(k)
 	return b.changeStored(ctx, k, func(g *Grant, exists bool) error {
-		right, exists, healed := b.healed(k, *g, exists)
+		right, exists, healed := b.healed(known, *g, exists)
 		*g = right
 		err := change(g, exists)
 		if healed && errors.Is(err, errKeep) {

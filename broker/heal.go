@@ -41,13 +41,20 @@ const (
 // the log says so.
 const boxAlarm = 1000
 
-// healed returns g as it must be after what this broker has written of it.
-func (b *Broker) healed(k GrantKey, g Grant, exists bool) (_ Grant, there, changed bool) {
-	e, ok := b.journal.get(k)
-	switch {
-	case !ok, b.committing.has(k): // the journal is ahead, and its answer on the way
-		return g, exists, false
-	case exists && g.Version >= e.Version && g.Epoch >= e.Epoch && !e.EndedAt.After(g.EndedAt):
+// known is what the store must have of k at least. It is asked before the store is,
+// which may learn more meanwhile; and an answer on its way there does not count.
+func (b *Broker) known(k GrantKey) journalEntry {
+	e, _ := b.journal.get(k)
+	e.Key = k
+	if b.committing.has(k) {
+		return journalEntry{Key: k}
+	}
+	return e
+}
+
+// healed returns g, read from the store, as it must be after what was known before.
+func (b *Broker) healed(e journalEntry, g Grant, exists bool) (_ Grant, there, changed bool) {
+	if exists && g.Version >= e.Version && g.Epoch >= e.Epoch && !e.EndedAt.After(g.EndedAt) {
 		return g, true, false
 	}
 	own, has := b.boxed(e)
@@ -55,10 +62,10 @@ func (b *Broker) healed(k GrantKey, g Grant, exists bool) (_ Grant, there, chang
 		if !has || e.EndedAt.After(own.LoginAt) {
 			return g, false, false
 		}
-		b.cfg.Log.Error("the store has lost a grant; it is restored from the journal", "grant", k, "version", own.Version)
+		b.cfg.Log.Error("the store has lost a grant; it is restored from the journal", "grant", e.Key, "version", own.Version)
 		return own, true, true
 	}
-	b.cfg.Log.Error("the store fell back to an older grant", "grant", k,
+	b.cfg.Log.Error("the store fell back to an older grant", "grant", e.Key,
 		"version", g.Version, "known_version", e.Version, "epoch", g.Epoch, "known_epoch", e.Epoch)
 	return b.heal(g, e, own, has), true, true
 }
@@ -323,8 +330,9 @@ func (b *Broker) stillToRevoke(ctx context.Context, e journalEntry, g Grant) {
 // mend puts the store right in e's grant, which it has fallen back in.
 func (b *Broker) mend(ctx context.Context, e journalEntry) {
 	healed := false
+	known := b.known(e.Key)
 	_, err := b.changeStored(ctx, e.Key, func(g *Grant, exists bool) error {
-		if *g, _, healed = b.healed(e.Key, *g, exists); !healed {
+		if *g, _, healed = b.healed(known, *g, exists); !healed {
 			return errKeep
 		}
 		return nil

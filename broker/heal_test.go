@@ -79,11 +79,12 @@ func TestNewRightsAreToldOnceNoFailOverTakesThemBack(t *testing.T) {
 		r.provider.SetRoles("alice", "researcher", "admin")
 		r.provider.Next(brokertest.Answer{Before: r.lagging})
 		r.refused(p, broker.Want{}, broker.ErrUnavailable)
-		_, _, err := r.Disconnect(context.Background(), "root", "main", "alice", "")
-		refused(t, err, broker.ErrUnavailable)
+		if d := r.disconnect(); !strings.Contains(d.NotKept, "the replica lags") {
+			t.Errorf("of the disconnect it is said: %q", d.NotKept)
+		}
 		r.store.Before(nil)
-		if gone, _, err := r.Disconnect(context.Background(), "root", "main", "alice", ""); err != nil || len(gone) != 1 {
-			t.Errorf("the same again: %v, %v", gone, err)
+		if d := r.disconnect(); d.NotKept != "" {
+			t.Errorf("of the same again: %q", d.NotKept)
 		}
 	})
 }

@@ -502,13 +502,18 @@ func (b *Broker) revokeAtProvider(ctx context.Context, id ProviderID, refresh Se
 // whoever reads the new revision then reads the new rights. Once it has returned
 // without an error, no fail-over brings the old ones back.
 func (b *Broker) move(ctx context.Context, k GrantKey) error {
-	b.tokens.drop(k)
-	err := b.moveRevision(ctx)
-	b.inform(ctx, grantNote(k)) // a login and an end take the lease away
-	if err != nil {
+	if err := b.announce(ctx, k); err != nil {
 		return err
 	}
 	return b.replicated(ctx)
+}
+
+// announce is move for who waits himself until that is not taken back.
+func (b *Broker) announce(ctx context.Context, k GrantKey) error {
+	b.tokens.drop(k)
+	err := b.moveRevision(ctx)
+	b.inform(ctx, grantNote(k)) // a login and an end take the lease away
+	return err
 }
 
 func (b *Broker) moveRevision(ctx context.Context) error {

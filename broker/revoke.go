@@ -1,6 +1,7 @@
 package broker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -98,7 +99,8 @@ func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provide
 		return b.endAt(ctx, userKey{hub, user}, provider, l, how)
 	}
 	if how != byAdministrator {
-		return end(ctx) // a browser waits
+		gone, err := end(ctx) // a browser waits
+		return gone, cmp.Or(err, b.replicated(ctx))
 	}
 	gone, notKept, err := b.forSure(ctx, end)
 	if err != nil {
@@ -280,10 +282,11 @@ func (b *Broker) rightsMoved(ctx context.Context, was, is Grant, cause string) e
 	return nil
 }
 
-// stopIssuing moves the revision and fills in since when no broker answers.
+// stopIssuing moves the revision and fills in since when no broker answers. That a
+// fail-over does not take it back the caller sees to.
 func (b *Broker) stopIssuing(ctx context.Context, hub HubID, user UserID, gone []Disconnection) error {
 	for _, d := range gone {
-		if err := b.move(ctx, GrantKey{hub, d.Provider, d.Sub}); err != nil {
+		if err := b.announce(ctx, GrantKey{hub, d.Provider, d.Sub}); err != nil {
 			return err
 		}
 	}

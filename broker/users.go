@@ -126,7 +126,7 @@ func (b *Broker) rebind(ctx context.Context, hub HubID, user UserID, provider Pr
 	// The grants first: while the link still names them this can be done again.
 	leaving := b.leaving(k, l, provider)
 	r.Ended, err = b.endAll(ctx, k, leaving)
-	if err := cmp.Or(b.stopIssuing(ctx, hub, user, r.Ended), err); err != nil {
+	if err := cmp.Or(b.stopIssuing(ctx, hub, user, r.Ended), b.replicated(ctx), err); err != nil {
 		return r, err
 	}
 	if err := b.relink(ctx, k, leaving, provider, sub); err != nil {
