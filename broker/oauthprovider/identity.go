@@ -72,7 +72,7 @@ func (p *Provider) returning(ctx context.Context, m *metadata, a *answer, sub st
 // should have been asked and didn't answer, the roles are not known.
 func (p *Provider) identity(ctx context.Context, m *metadata, a *answer, sub string, id, user claims) broker.Identity {
 	access := p.accessClaims(a)
-	who := broker.Identity{Sub: sub, Known: id != nil || access != nil || user != nil}
+	who := broker.Identity{Sub: sub, Session: id.text("sid"), Known: id != nil || access != nil || user != nil}
 	if user == nil && m.Userinfo != "" && p.looksFurther(id, access) {
 		var err error
 		user, err = p.userinfo(ctx, m, a)
@@ -81,7 +81,7 @@ func (p *Provider) identity(ctx context.Context, m *metadata, a *answer, sub str
 		}
 		if err != nil {
 			p.log.Warn("the userinfo endpoint told no roles", "error", err)
-			return broker.Identity{Sub: sub, Username: cmp.Or(id.text("preferred_username"), access.text("preferred_username"))}
+			return broker.Identity{Sub: sub, Session: who.Session, Username: cmp.Or(id.text("preferred_username"), access.text("preferred_username"))}
 		}
 		who.Known = true
 	}

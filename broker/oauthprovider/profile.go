@@ -20,7 +20,10 @@ type profile struct {
 	// revokesAccessAlone says that a revoked access token leaves its session
 	// alone; elsewhere it may end the refresh token, too (RFC 7009, section 2.1).
 	revokesAccessAlone bool
-	rules              []rule
+	// logoutTypes are those that logout tokens may have besides logout+jwt, in
+	// small letters; empty: none at all.
+	logoutTypes []string
+	rules       []rule
 }
 
 var profiles = map[string]profile{
@@ -76,6 +79,8 @@ var profiles = map[string]profile{
 		// active, too, and ends nothing.
 		introspects:        []string{"Refresh", "Offline"},
 		revokesAccessAlone: true, // measured on 26.5.5
+		// 26.5.5 sends logout+jwt. Older versions said the same of all JWTs.
+		logoutTypes: []string{"jwt", ""},
 		rules: []rule{
 			{opRefresh, "invalid_grant", "User disabled", broker.Disabled, "user_disabled"},
 			{opRefresh, "invalid_grant", "Token is not active", broker.Dead, "expired"},

@@ -8,6 +8,7 @@
 //	answer.go     what a token answer says
 //	identity.go   whom it is about, and their roles
 //	introspect.go the same between refreshes, without spending anything
+//	logout.go     the provider's word that somebody has logged out
 //	classify.go   what a refusal means for the grant
 //	profile.go    the families of servers
 //
@@ -33,6 +34,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/singleflight"
+	"golang.org/x/time/rate"
 
 	"tokenbroker/broker"
 )
@@ -70,6 +72,7 @@ type Config struct {
 	Audiences   map[string][]string // audience → scopes that must be asked for with it
 	Narrowing   broker.Narrowing    // empty: the profile's
 	Adopt       bool
+	OnLogout    broker.OnLogout // what a logout at the provider does
 
 	Rate    int           // requests in any second, at most; 0: DefaultRate
 	Timeout time.Duration // of one call, all requests of it together; 0: 30 s
@@ -102,6 +105,10 @@ type Provider struct {
 	look *http.Client // for GETs
 	oidc *http.Client // for go-oidc, which asks for keys and userinfo
 
+	// How often tokens that anybody may have sent can have the provider asked for
+	// its metadata and its keys.
+	logoutFinds, logoutKeys *rate.Limiter
+
 	discovering singleflight.Group
 	mu          sync.Mutex // guards known
 	known       *metadata
@@ -113,6 +120,7 @@ var _ broker.Provider = (*Provider)(nil)
 // anything: a broker must start while its providers are down.
 func New(cfg Config) (*Provider, error) {
 	p := &Provider{cfg: cfg, timeout: cmp.Or(cfg.Timeout, defaultTimeout), log: cfg.Log}
+	p.logoutFinds, p.logoutKeys = rate.NewLimiter(rate.Every(keysRest), 1), rate.NewLimiter(rate.Every(keysRest), 1)
 	if p.log == nil {
 		p.log = slog.New(slog.DiscardHandler)
 	}
@@ -173,6 +181,7 @@ func (p *Provider) Info() broker.ProviderInfo {
 		RoleClaims:         slices.Clone(p.cfg.Roles),
 		Adopt:              p.cfg.Adopt,
 		RedirectURI:        p.cfg.RedirectURI,
+		OnLogout:           p.cfg.OnLogout,
 	}
 }
 
@@ -371,6 +380,11 @@ func (c Config) check() error {
 	case "", broker.ByExchange, broker.ByScope, broker.Never:
 	default:
 		add(true, "narrowing: it is exchange, scope or none")
+	}
+	switch c.OnLogout {
+	case "", broker.OnlyLook, broker.StopIssuing, broker.RevokeAll:
+	default:
+		add(true, "on_logout: it is ignore, stop_issuing or revoke")
 	}
 	slices.SortFunc(wrong, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return errors.Join(append(wrong, c.checkAuth())...)
