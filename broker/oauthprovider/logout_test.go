@@ -327,7 +327,7 @@ func TestALogoutTokenThatDoesNotHoldIsRefusedWithItsReason(t *testing.T) {
 			keys := r.asked["/keys"]
 			e, err := r.hear(token)
 			if !errors.Is(err, broker.ErrInvalid) || e.Outcome != "refused" || !strings.Contains(e.Reason, bad.reason) || !strings.Contains(r.log.String(), bad.reason) {
-				t.Errorf("%s: %v; the audit says %q, want %q", bad.why, err, e.Reason, bad.reason)
+				t.Fatalf("%s: %v; the audit says %q, want %q", bad.why, err, e.Reason, bad.reason)
 			}
 			if asked := r.asked["/keys"] > keys; asked && bad.reason != "signature does not hold" {
 				t.Errorf("%s: the keys were asked for", bad.why)
