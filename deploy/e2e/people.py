@@ -65,7 +65,7 @@ class Browser:
         page = self.open(f"{issuer}/protocol/openid-connect/logout?client_id=jupyterhub")
         form = re.search(r'<form[^>]*action="([^"]*logout-confirm[^"]*)".*?</form>', page.text, flags=re.S)
         code = re.search(r'name="session_code" value="([^"]*)"', form[0])
-        page = self.open(html.unescape(form[1]), {"session_code": code[1], "confirmLogout": "Logout"})
+        page = self.open(urljoin(page.url, html.unescape(form[1])), {"session_code": code[1], "confirmLogout": "Logout"})
         if page.status_code != 200:
             raise Refused(f"{page.status_code} at {page.url}: {text_of(page)}")
 
