@@ -20,6 +20,7 @@
 //	disconnect  revoke.go    epoch and tombstone up, then the revision; also by a logout
 //	            revocation.go the provider is told of what had been handed out
 //	            roleloss.go  a lost role ends the session or stops servers, by rule
+//	            logout.go    a logout token of the provider's ends grants, or has them looked at
 //	notes       note.go      what brokers tell each other, so that none need ask often
 //	rebind      users.go     a user's name becomes another account's, which inherits nothing
 //	tell        outlook.go   why a grant is as it is, and what happens to it next
@@ -114,6 +115,7 @@
 //	store, issued        hub, provider, sub → what was handed out  expiry of the last             a token leaves that is not in it
 //	store, stops         users of whose servers some are to be stopped  none is registered         it is believed without the rules
 //	store, revocations   grants of which something is to be revoked  nothing is to be            it is believed without the records
+//	store, logout        provider, token's id → it was followed  the token is too old anyway    it is kept before it was followed
 //	store, broker        host → the keys its broker has           for ever                       a key is retired that it needs
 //	store, revision      one number                              for ever                       it ever falls
 package broker

@@ -46,6 +46,7 @@ type Grant struct {
 
 	Username string
 	Roles    []string // canonical, provider:claim/value, sorted
+	Session  string   // Identity.Session of the login or of a refresh since
 
 	// LoginAt is when the login was made that the grant rests on; one that was
 	// made earlier is not stored over it, however late it is claimed.

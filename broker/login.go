@@ -72,6 +72,7 @@ type pendingLogin struct {
 	Expires   time.Time // of the refresh token; zero: no end known
 	Username  string
 	Roles     []string
+	Session   string
 	Token     tokenRecord
 }
 
@@ -184,7 +185,7 @@ func (b *Broker) newPending(p ProviderID, id Identity, iss Issued) *pendingLogin
 	now := b.pulse.now()
 	l := &pendingLogin{
 		At: now, Until: now.Add(pendingLife), Refresh: iss.RefreshToken.Reveal(),
-		Username: id.Username, Roles: canonical(p, id.Roles), Token: newCachedToken(iss, 0, now).record(),
+		Username: id.Username, Roles: canonical(p, id.Roles), Session: id.Session, Token: newCachedToken(iss, 0, now).record(),
 	}
 	if iss.RefreshExpiresIn > 0 {
 		l.Expires = now.Add(iss.RefreshExpiresIn)
@@ -372,7 +373,7 @@ func (g *Grant) loggedIn(l *pendingLogin, now time.Time, host HostID) {
 	if !l.Expires.IsZero() {
 		g.End.see(l.Expires.Sub(l.At), l.At)
 	}
-	g.Username, g.Roles = l.Username, l.Roles
+	g.Username, g.Roles, g.Session = l.Username, l.Roles, l.Session
 	g.State, g.Reason, g.Since, g.Tombstone, g.Revocation = Live, "", now, time.Time{}, ""
 	// A login's version exceeds any that a store which lost its data once had, so
 	// that no journal takes what came before for the newer.

@@ -309,6 +309,10 @@ func (d modelDoor) Look(_ context.Context, refresh broker.Secret, _ string) (id 
 	return id, err
 }
 
+func (d modelDoor) LogoutToken(context.Context, broker.Secret, time.Time) (broker.Logout, error) {
+	return broker.Logout{}, &broker.ProviderError{Class: broker.Misconfigured}
+}
+
 // Revoke ends the session of a refresh token.
 func (d modelDoor) Revoke(_ context.Context, t broker.Secret, kind broker.TokenKind) error {
 	return d.life.step(func() error {

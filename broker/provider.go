@@ -48,6 +48,14 @@ type Provider interface {
 	// can't be told fails with class Misconfigured and reason "unsupported".
 	Revoke(ctx context.Context, t Secret, kind TokenKind) error
 
+	// LogoutToken reads a token by which the provider says that somebody has
+	// logged out (OpenID Connect Back-Channel Logout 1.0, section 2.6) and holds it
+	// against all that such a token must be at the time now. The error of one that
+	// does not hold is an *Error with code Invalid, whose cause says what is wrong
+	// in words of ours: anybody can send one, so nothing of it is repeated. It may
+	// ask the provider for its keys, however many tokens come, now and then only.
+	LogoutToken(ctx context.Context, token Secret, now time.Time) (Logout, error)
+
 	// Check says whether the provider answers now.
 	Check(ctx context.Context) error
 }
@@ -76,6 +84,8 @@ type ProviderInfo struct {
 	RefreshEndsAccess bool
 	// RedirectURI, if not empty, is the only one a login may name.
 	RedirectURI string
+	// OnLogout is what a logout at the provider does; empty: StopIssuing.
+	OnLogout OnLogout
 }
 
 // Narrowing is how a provider makes an access token smaller than the grant.
@@ -108,6 +118,18 @@ type Identity struct {
 	// which means no roles, from an answer that had no claims at all.
 	Roles []string
 	Known bool
+	// Session is the provider's session that the tokens are of (sid), empty if the
+	// provider doesn't say.
+	Session string
+}
+
+// A Logout is what a logout token says.
+type Logout struct {
+	ID      string // the token's own (jti), never empty
+	Sub     string // empty: Session says whose
+	Session string // empty: all of Sub's
+	// Until is when the token stops being one that holds.
+	Until time.Time
 }
 
 // Issued is one token answer of a provider.

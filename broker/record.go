@@ -21,6 +21,7 @@ const (
 	kindWhole        = "whole"        // hub, provider, sub → tokenRecord of the whole grant
 	kindIssued       = "issued"       // hub, provider, sub → issuedRecord
 	kindBroker       = "broker"       // host → attendance
+	kindLogout       = "logout"       // provider, logout token → logoutRecord
 
 	setGrants        = "grants"        // all grants of the deployment
 	setPending       = "pending"       // hub → fingerprints of pending handles

@@ -340,6 +340,9 @@ func (g *Grant) renewed(id Identity, iss Issued, now time.Time, host HostID) (mo
 	if id.Username != "" {
 		g.Username = id.Username
 	}
+	if id.Session != "" {
+		g.Session = id.Session
+	}
 	if roles := canonical(g.Key.Provider, id.Roles); id.Known && !slices.Equal(roles, g.Roles) {
 		g.Roles, moved = roles, true
 	}

@@ -43,11 +43,13 @@ func (b *Broker) Disconnect(ctx context.Context, by string, hub HubID, user User
 	return gone, e.Ref, nil
 }
 
-// OnLogout is what a logout does to the user's grants.
+// OnLogout is what a logout, at the hub or at the provider, does to the user's
+// grants.
 type OnLogout string
 
 const (
-	Keep        OnLogout = "keep"         // nothing: a computation may go on
+	Keep        OnLogout = "keep"         // at the hub: nothing, a computation may go on
+	OnlyLook    OnLogout = "ignore"       // at the provider: nothing but what a look at it shows
 	StopIssuing OnLogout = "stop_issuing" // no token until the next login
 	RevokeAll   OnLogout = "revoke"       // the same, and the provider ends what was issued
 )
@@ -78,8 +80,11 @@ func (b *Broker) HubLogout(ctx context.Context, hub HubID, user UserID) (ref str
 	return e.Ref, nil
 }
 
-// errNoGrant says that there is nothing to end.
-var errNoGrant = errors.New("the user has no grant there")
+// Why nothing is ended.
+var (
+	errNoGrant      = errors.New("the user has no grant there")
+	errOtherSession = errors.New("the grant rests on another session")
+)
 
 func (b *Broker) disconnect(ctx context.Context, hub HubID, user UserID, provider ProviderID, how ending, e *Entry) ([]Disconnection, error) {
 	ctx = context.WithoutCancel(ctx) // what is ended is also told
@@ -202,6 +207,8 @@ type ending struct {
 	reason string
 	revoke bool // also at the provider
 	unlink bool // it is nobody's then, and its subject may log in under another name
+	// session, if not empty, spares a grant that rests on another one.
+	session string
 }
 
 var (
@@ -217,6 +224,8 @@ func (b *Broker) tombstone(ctx context.Context, k GrantKey, user UserID, how end
 			switch {
 			case !exists || g.User != user:
 				return ErrAbsent
+			case how.session != "" && g.Session != "" && g.Session != how.session:
+				return errOtherSession
 			case !how.unlink && !g.Tombstone.IsZero() && (g.State == how.state || g.State == Disconnected):
 				return errKeep
 			case how.unlink:

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"fmt"
 	"slices"
 	"sync"
@@ -36,6 +37,7 @@ type Provider struct {
 
 type session struct {
 	began   time.Time
+	id      string
 	refresh string
 	used    time.Time
 	spent   []string
@@ -104,6 +106,12 @@ func (p *Provider) Revoked() (all []string) {
 	return all
 }
 
+// Session returns the name of sub's session.
+func (p *Provider) Session(sub string) (id string) {
+	p.locked(func() { id = p.identity(sub).Session })
+	return id
+}
+
 // RefreshToken returns the one refresh token of sub that is good now.
 func (p *Provider) RefreshToken(sub string) (token string) {
 	p.locked(func() {
@@ -131,7 +139,7 @@ func (p *Provider) Login(_ context.Context, c broker.CodeGrant) (id broker.Ident
 	p.locked(func() {
 		p.calls["login"]++
 		sub := c.Code.Reveal()
-		p.sessions[sub] = &session{began: time.Now()}
+		p.sessions[sub] = &session{id: rand.Text(), began: time.Now()}
 		id, iss = p.identity(sub), p.issue(sub)
 	})
 	return id, iss, nil
@@ -249,12 +257,30 @@ func (p *Provider) Revoke(_ context.Context, t broker.Secret, _ broker.TokenKind
 	return err
 }
 
+// LogoutToken believes all that LogoutTokenOf has made, while it holds.
+func (p *Provider) LogoutToken(_ context.Context, token broker.Secret, now time.Time) (l broker.Logout, err error) {
+	if json.Unmarshal([]byte(token.Reveal()), &l) != nil || !l.Until.After(now) {
+		return l, broker.Errorf(broker.Invalid, "this is no logout token that holds")
+	}
+	return l, nil
+}
+
+// LogoutTokenOf is a logout token that says l.
+func LogoutTokenOf(l broker.Logout) broker.Secret {
+	text, _ := json.Marshal(l) // strings and a time always marshal
+	return broker.NewSecret(string(text))
+}
+
 func (p *Provider) identity(sub string) broker.Identity {
 	var roles []string
 	for _, r := range p.roles[sub] {
 		roles = append(roles, "roles/"+r)
 	}
-	return broker.Identity{Sub: sub, Username: sub, Roles: roles, Known: true}
+	id := broker.Identity{Sub: sub, Username: sub, Roles: roles, Known: true}
+	if s := p.sessions[sub]; s != nil {
+		id.Session = s.id
+	}
+	return id
 }
 
 // issue rotates sub's refresh token and makes a token of the whole grant.

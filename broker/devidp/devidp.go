@@ -36,6 +36,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
 	"github.com/zitadel/oidc/v3/pkg/oidc"
 	"github.com/zitadel/oidc/v3/pkg/op"
 
@@ -250,6 +252,19 @@ func (s *Server) Enable(user string) error {
 
 // EndSession ends all of a user's sessions, as an administrator's logout does.
 func (s *Server) EndSession(user string) error { return s.store.endSessions(user) }
+
+// LogoutToken is what a provider says to its client when a user has logged out of
+// all sessions (OpenID Connect Back-Channel Logout). It is not sent, and ends
+// nothing; Config.Issuer must be there.
+func (s *Server) LogoutToken(user string) (string, error) {
+	key := jose.SigningKey{Algorithm: jose.RS256, Key: jose.JSONWebKey{Key: s.store.key.key, KeyID: s.store.key.id}}
+	signer, err := jose.NewSigner(key, (&jose.SignerOptions{}).WithType("logout+jwt"))
+	if err != nil {
+		return "", err
+	}
+	end := time.Now().Add(2 * time.Minute)
+	return jwt.Signed(signer).Claims(oidc.NewLogoutTokenClaims(s.cfg.Issuer, s.Sub(user), oidc.Audience{s.cfg.ClientID}, end, rand.Text(), "", 0)).Serialize()
+}
 
 // Sub is a user's subject; empty if there is no such user.
 func (s *Server) Sub(user string) string {

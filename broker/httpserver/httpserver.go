@@ -7,6 +7,8 @@
 //	a hub's socket      POST /v1/claim, /v1/check-session, /v1/register, /v1/unregister,
 //	                    /v1/set-groups, /v1/set-shared, /v1/logout
 //	                    POST /oauth2/token/{provider}
+//	a TCP listener      POST /oauth2/token/{provider}, for a hub without our Python half
+//	another one         POST /backchannel-logout/{provider}, for the providers
 //
 // Package grpcserver offers the same over gRPC; the fields are named and
 // described in proto/tokenbroker/v1.

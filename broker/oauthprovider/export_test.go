@@ -41,3 +41,8 @@ func (p *Provider) Dial(dial func(ctx context.Context, network, addr string) (ne
 
 // Rests is for how long p leaves the provider alone when it is in trouble.
 func (p *Provider) Rests() time.Duration { return p.gate.rest }
+
+// Via has p send its requests by t.
+func (p *Provider) Via(t http.RoundTripper) {
+	p.once.Transport, p.look.Transport, p.oidc.Transport = t, t, counted{p.gate, t}
+}

@@ -2,10 +2,14 @@ package oauthprovider_test
 
 import (
 	"encoding/base64"
+	"encoding/json"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
+	"tokenbroker/broker"
 	"tokenbroker/broker/oauthprovider"
 )
 
@@ -57,6 +61,46 @@ func FuzzClaims(f *testing.F) {
 		}
 		if !isSet(scopes) {
 			t.Errorf("scopes %q are no sorted set", scopes)
+		}
+	})
+}
+
+// FuzzLogoutToken sends what anybody may send: any text, and any head and claims
+// that the provider signs. What holds must be what a logout token must be.
+func FuzzLogoutToken(f *testing.F) {
+	key, err := theKey()
+	if err != nil {
+		f.Fatal(err)
+	}
+	s := &stranger{issuer: issuer, key: key, asked: map[string]int{}}
+	p, err := oauthprovider.New(oauthprovider.Config{Name: "lab", Profile: "keycloak", Issuer: issuer, ClientID: "hub", AuthStyle: "none"})
+	if err != nil {
+		f.Fatal(err)
+	}
+	p.Via(handed{http.HandlerFunc(s.ServeHTTP)})
+	now := time.Unix(1_000_000_000, 0)
+	const good = `{"iss":"` + issuer + `","aud":"hub","iat":1000000000,"exp":1000000120,"jti":"1","sub":"u1","events":{"` + logoutEvent + `":{}}}`
+	f.Add(`{"alg":"RS256","typ":"logout+jwt","kid":"k1"}`, good, "eyJ.eyJ.x")
+	f.Add(`{"alg":"none","typ":"JWT"}`, strings.Replace(good, `"sub"`, `"nonce":null,"sid"`, 1), jwtOf(good))
+	f.Add(`{"alg":"RS256","kid":7,"crit":["exp"]}`, strings.Replace(good, `1000000120`, `1e400`, 1), "..")
+	f.Add(`{"alg":"RS256"}`, strings.Replace(good, `"hub"`, `["x",["hub"],"hub"]`, 1), "a.b.c.d.e")
+	f.Add(`null`, `[]`, "")
+	f.Fuzz(func(t *testing.T, head, claims, token string) {
+		if l, err := p.LogoutToken(t.Context(), broker.NewSecret(token), now); err == nil {
+			t.Errorf("what nobody has signed holds: %+v", l)
+		}
+		l, err := p.LogoutToken(t.Context(), broker.NewSecret(signed(t, key, head, claims)), now)
+		if err != nil {
+			return
+		}
+		var c map[string]any
+		if err := json.Unmarshal([]byte(claims), &c); err != nil {
+			t.Fatalf("what is no JSON holds: %v", err)
+		}
+		_, nonce := c["nonce"]
+		if nonce || c["iss"] != issuer || l.ID == "" || c["jti"] != l.ID || l.Sub == "" && l.Session == "" ||
+			!l.Until.After(now) || l.Until.After(now.Add(10*time.Minute)) {
+			t.Errorf("%s holds as %+v", claims, l)
 		}
 	})
 }

@@ -73,10 +73,13 @@ func (p *Provider) returning(ctx context.Context, m *metadata, a *answer, sub st
 // is asked in the place of all of them.
 func (p *Provider) identity(ctx context.Context, m *metadata, a *answer, sub string, id, user claims) broker.Identity {
 	access := p.accessClaims(a)
+	session := id.text("sid")
 	if p.api != nil {
-		return p.api.after(ctx, sub, cmp.Or(id.text("preferred_username"), access.text("preferred_username"), user.text("preferred_username")))
+		who := p.api.after(ctx, sub, cmp.Or(id.text("preferred_username"), access.text("preferred_username"), user.text("preferred_username")))
+		who.Session = session
+		return who
 	}
-	who := broker.Identity{Sub: sub, Known: id != nil || access != nil || user != nil}
+	who := broker.Identity{Sub: sub, Session: session, Known: id != nil || access != nil || user != nil}
 	if user == nil && m.Userinfo != "" && p.looksFurther(id, access) {
 		var err error
 		user, err = p.userinfo(ctx, m, a)
@@ -85,7 +88,7 @@ func (p *Provider) identity(ctx context.Context, m *metadata, a *answer, sub str
 		}
 		if err != nil {
 			p.log.Warn("the userinfo endpoint told no roles", "error", err)
-			return broker.Identity{Sub: sub, Username: cmp.Or(id.text("preferred_username"), access.text("preferred_username"))}
+			return broker.Identity{Sub: sub, Session: who.Session, Username: cmp.Or(id.text("preferred_username"), access.text("preferred_username"))}
 		}
 		who.Known = true
 	}

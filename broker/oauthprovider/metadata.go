@@ -31,6 +31,7 @@ type metadata struct {
 
 	oidc     *oidc.Provider
 	verifier *oidc.IDTokenVerifier // nil: there are no keys to verify with
+	logouts  *oidc.IDTokenVerifier // of logout tokens, with keys of its own; nil: as verifier
 }
 
 const wellKnown = "/.well-known/openid-configuration"
@@ -152,6 +153,10 @@ func (p *Provider) use(m *metadata, from string) (*metadata, error) {
 	if m.Issuer != "" && m.JWKS != "" {
 		keys := keySet{oidc.NewRemoteKeySet(ctx, m.JWKS)}
 		m.verifier = oidc.NewVerifier(m.Issuer, keys, &oidc.Config{ClientID: p.cfg.ClientID, SupportedSigningAlgs: algs, Now: leeway})
+		sparingly := *p.oidc
+		sparingly.Transport = sparing{p.oidc.Transport, p.logoutKeys}
+		keys = keySet{oidc.NewRemoteKeySet(oidc.ClientContext(ctx, &sparingly), m.JWKS)}
+		m.logouts = oidc.NewVerifier(m.Issuer, keys, &oidc.Config{ClientID: p.cfg.ClientID, SupportedSigningAlgs: algs, SkipExpiryCheck: true})
 	}
 	return m, nil
 }

@@ -21,7 +21,10 @@ type profile struct {
 	// alone, unless tokens of that session are exchanged; elsewhere it may end the
 	// refresh token, too (RFC 7009, section 2.1).
 	revokesAccessAlone bool
-	rules              []rule
+	// logoutTypes are those that logout tokens may have besides logout+jwt, in
+	// small letters; empty: none at all.
+	logoutTypes []string
+	rules       []rule
 }
 
 var profiles = map[string]profile{
@@ -81,6 +84,8 @@ var profiles = map[string]profile{
 		// revoked, and the refresh token is dead ("Session doesn't have required
 		// client").
 		revokesAccessAlone: true,
+		// 26.5.5 sends logout+jwt. Older versions said the same of all JWTs.
+		logoutTypes: []string{"jwt", ""},
 		rules: []rule{
 			{opRefresh, "invalid_grant", "User disabled", broker.Disabled, "user_disabled"},
 			{opRefresh, "invalid_grant", "Token is not active", broker.Dead, "expired"},

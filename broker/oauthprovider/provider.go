@@ -9,6 +9,7 @@
 //	identity.go   whom it is about, and their roles
 //	introspect.go the same between refreshes, without spending anything
 //	rolesapi.go   the same by a management API, which then says all roles
+//	logout.go     the provider's word that somebody has logged out
 //	classify.go   what a refusal means for the grant
 //	profile.go    the families of servers
 //
@@ -34,6 +35,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/singleflight"
+	"golang.org/x/time/rate"
 
 	"tokenbroker/broker"
 )
@@ -75,6 +77,7 @@ type Config struct {
 	RefreshEndsAccess bool
 	// RolesAPI, if not nil, says the roles. Roles is then its claim alone.
 	RolesAPI *RolesAPI
+	OnLogout broker.OnLogout // what a logout at the provider does
 
 	Rate    int           // requests in any second, at most; 0: DefaultRate
 	Timeout time.Duration // of one call, all requests of it together; 0: 30 s
@@ -108,6 +111,10 @@ type Provider struct {
 	look *http.Client // for GETs
 	oidc *http.Client // for go-oidc, which asks for keys and userinfo
 
+	// How often tokens that anybody may have sent can have the provider asked for
+	// its metadata and its keys.
+	logoutFinds, logoutKeys *rate.Limiter
+
 	discovering singleflight.Group
 	mu          sync.Mutex // guards known
 	known       *metadata
@@ -119,6 +126,7 @@ var _ broker.Provider = (*Provider)(nil)
 // anything: a broker must start while its providers are down.
 func New(cfg Config) (*Provider, error) {
 	p := &Provider{cfg: cfg, timeout: cmp.Or(cfg.Timeout, defaultTimeout), log: cfg.Log}
+	p.logoutFinds, p.logoutKeys = rate.NewLimiter(rate.Every(keysRest), 1), rate.NewLimiter(rate.Every(keysRest), 1)
 	if p.log == nil {
 		p.log = slog.New(slog.DiscardHandler)
 	}
@@ -186,6 +194,7 @@ func (p *Provider) Info() broker.ProviderInfo {
 		RefreshEndsAccess:  p.cfg.RefreshEndsAccess,
 		Adopt:              p.cfg.Adopt,
 		RedirectURI:        p.cfg.RedirectURI,
+		OnLogout:           p.cfg.OnLogout,
 	}
 }
 
@@ -390,6 +399,11 @@ func (c Config) check() error {
 		field, what := c.RolesAPI.Wrong()
 		add(what != "", "roles_api."+field+": it "+what)
 		add(c.RolesAPI.Secret == nil, "roles_api.token_file: it is needed")
+	}
+	switch c.OnLogout {
+	case "", broker.OnlyLook, broker.StopIssuing, broker.RevokeAll:
+	default:
+		add(true, "on_logout: it is ignore, stop_issuing or revoke")
 	}
 	slices.SortFunc(wrong, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
 	return errors.Join(append(wrong, c.checkAuth())...)

@@ -84,7 +84,10 @@ func TestALoginSaysWhoAndWhatTheTokenIsFor(t *testing.T) {
 		t.Run(profile, func(t *testing.T) {
 			l := newLab(t, func(c *oauthprovider.Config) { c.Profile = profile })
 			who, got := l.login(t, "alice")
-			want := broker.Identity{Sub: "sub-alice", Username: "alice", Roles: []string{"groups//lab-a", "roles/researcher"}, Known: true}
+			want := broker.Identity{Sub: "sub-alice", Username: "alice", Roles: []string{"groups//lab-a", "roles/researcher"}, Known: true, Session: who.Session}
+			if who.Session == "" {
+				t.Error("the session is not named")
+			}
 			if diff := cmp.Diff(want, who); diff != "" {
 				t.Errorf("identity (-want +got):\n%s", diff)
 			}
@@ -118,7 +121,7 @@ func TestEveryWayToAuthenticateThatTheProviderKnows(t *testing.T) {
 
 func TestARefreshRotatesAndShowsTheRolesOfNow(t *testing.T) {
 	l := newLab(t, nil)
-	_, first := l.login(t, "alice")
+	then, first := l.login(t, "alice")
 	if err := l.idp.SetRoles("alice", "student"); err != nil {
 		t.Fatal(err)
 	}
@@ -132,7 +135,7 @@ func TestARefreshRotatesAndShowsTheRolesOfNow(t *testing.T) {
 	if got.RefreshToken.IsZero() || got.RefreshToken.Equal(first.RefreshToken) {
 		t.Error("there is no new refresh token")
 	}
-	if diff := cmp.Diff(broker.Identity{Sub: "sub-alice", Username: "alice", Roles: []string{"roles/student"}, Known: true}, who); diff != "" {
+	if diff := cmp.Diff(broker.Identity{Sub: "sub-alice", Username: "alice", Roles: []string{"roles/student"}, Known: true, Session: then.Session}, who); diff != "" {
 		t.Errorf("identity (-want +got):\n%s", diff)
 	}
 	if err := l.idp.SetRoles("alice"); err != nil {
@@ -415,6 +418,7 @@ func TestALookSpendsNothingAndShowsTheRolesOfNow(t *testing.T) {
 	if err != nil {
 		t.Fatalf("a refresh after looks: %v", err)
 	}
+	fresh.Session = "" // which a look does not tell
 	if diff := cmp.Diff(want, fresh); diff != "" {
 		t.Errorf("a look and a refresh tell two things (-look +refresh):\n%s", diff)
 	}

@@ -29,6 +29,9 @@ func check(c *Config, d *decoder, f files) {
 	k.names()
 	k.hubs()
 	k.logins()
+	if l := c.Logout; l != nil {
+		k.tcp("logout", l.Address, &l.TLSCertFile, &l.TLSKeyFile)
+	}
 	k.servers()
 	k.store()
 	k.keys()
@@ -134,20 +137,25 @@ func (k checker) hubAPI(key string, a *HubAPIConfig) {
 }
 
 func (k checker) listener(key string, l *ListenerConfig) {
-	host, _, err := net.SplitHostPort(l.Address)
+	l.ClientSecretFile = k.secret(key+".client_secret_file", l.ClientSecretFile, true)
+	k.tcp(key, l.Address, &l.TLSCertFile, &l.TLSKeyFile)
+}
+
+// tcp notes what is wrong with where a TCP listener listens.
+func (k checker) tcp(key, address string, certFile, keyFile *string) {
+	host, _, err := net.SplitHostPort(address)
 	if err != nil {
 		k.add(key+".address", "wants host:port")
 		host = ""
 	}
-	l.ClientSecretFile = k.secret(key+".client_secret_file", l.ClientSecretFile, true)
-	if l.TLSCertFile == "" && l.TLSKeyFile == "" {
+	if *certFile == "" && *keyFile == "" {
 		if ip, _ := netip.ParseAddr(host); err == nil && host != "localhost" && !ip.IsLoopback() {
-			k.add(key+".address", "%s can be reached from elsewhere: give tls_cert_file and tls_key_file, or use 127.0.0.1", l.Address)
+			k.add(key+".address", "%s can be reached from elsewhere: give tls_cert_file and tls_key_file, or use 127.0.0.1", address)
 		}
 		return
 	}
-	l.TLSCertFile = k.file(key+".tls_cert_file", l.TLSCertFile)
-	l.TLSKeyFile = k.secret(key+".tls_key_file", l.TLSKeyFile, true)
+	*certFile = k.file(key+".tls_cert_file", *certFile)
+	*keyFile = k.secret(key+".tls_key_file", *keyFile, true)
 }
 
 func (k checker) servers() {
@@ -313,6 +321,9 @@ func (k checker) oneProvider(key string, p *ProviderConfig) {
 	}
 	if p.Rate < 1 {
 		k.add(key+".rate", "is less than 1 request a second")
+	}
+	if o := p.OnLogout; o != broker.OnlyLook && o != broker.StopIssuing && o != broker.RevokeAll {
+		k.add(key+".on_logout", "there is no %q; there are ignore, stop_issuing and revoke", o)
 	}
 	for sub, u := range map[string]string{
 		"issuer": p.Issuer, "discovery_url": p.DiscoveryURL, "proxy": p.Proxy, "redirect_uri": p.RedirectURI,

@@ -33,6 +33,8 @@ type Config struct {
 	Contact string `yaml:"contact"`
 	// Hubs are the JupyterHubs that this broker serves. Default: one called main.
 	Hubs map[broker.HubID]HubConfig `yaml:"hubs"`
+	// Logout is where providers tell of logouts. Default: nowhere.
+	Logout *LogoutConfig `yaml:"logout,omitempty"`
 	// Servers says how single-user servers reach the broker.
 	Servers ServersConfig `yaml:"servers"`
 	// Store is where the sealed records lie.
@@ -100,6 +102,19 @@ type ListenerConfig struct {
 	TLSKeyFile  string `yaml:"tls_key_file,omitempty"`
 	// ClientSecretFile holds what the hub must send as client_secret.
 	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
+}
+
+// LogoutConfig is the TCP listener for logout tokens (OpenID Connect Back-Channel
+// Logout). The client at the provider names its URL, whose path is
+// /backchannel-logout/NAME with the provider's name here; in Keycloak: Clients, the
+// client, "Backchannel logout URL", with "Backchannel logout session required" on.
+// One broker of a deployment is enough.
+type LogoutConfig struct {
+	// Address is host:port. Without TLS the host must be a loopback address.
+	Address string `yaml:"address,omitempty"`
+	// TLSCertFile and TLSKeyFile are the certificate chain and key, as PEM.
+	TLSCertFile string `yaml:"tls_cert_file,omitempty"`
+	TLSKeyFile  string `yaml:"tls_key_file,omitempty"`
 }
 
 // ServersConfig is about single-user servers.
@@ -229,6 +244,12 @@ type ProviderConfig struct {
 	// come again later; a login waits longer. Default: 100, which is enough for
 	// 2,000 users with running servers on this host.
 	Rate int `yaml:"rate"`
+	// OnLogout is what a logout at the provider, told to logout, does to what rests
+	// on the session that ended: stop_issuing gives no tokens until the next login,
+	// revoke also has the provider revoke what was issued, and ignore changes
+	// nothing by itself. In each case the provider is asked at once what is left of
+	// the user's other sessions. Default: stop_issuing.
+	OnLogout broker.OnLogout `yaml:"on_logout"`
 	// Events has Keycloak's events read, so that a change of somebody's rights is
 	// seen within every and a second instead of a minute. Default: they are not.
 	Events *EventsConfig `yaml:"events,omitempty"`
@@ -399,6 +420,7 @@ func (c *Config) fill() {
 	for name, p := range c.Providers {
 		def(&p.Profile, "generic")
 		def(&p.Rate, oauthprovider.DefaultRate)
+		def(&p.OnLogout, broker.StopIssuing)
 		switch a := p.RolesAPI; {
 		case a != nil:
 			def(&a.Path, "roles[].name")

@@ -62,6 +62,11 @@ func openDoors(cfg *Config, b *broker.Broker, servers *peersocket.Servers, log *
 			return nil, err
 		}
 	}
+	if l := cfg.Logout; l != nil {
+		if err := d.listenTCP(l.Address, l.TLSCertFile, l.TLSKeyFile, httpserver.NewLogout(b, log)); err != nil {
+			return nil, fmt.Errorf("logout: %w", err)
+		}
+	}
 	admin, err := peersocket.ListenAdmin(cfg.Admin.Socket, log)
 	if err != nil {
 		return nil, err
@@ -101,40 +106,41 @@ func (d *doors) openHub(cfg *Config, name broker.HubID, b *broker.Broker, log *s
 	if h.Listener == nil {
 		return nil
 	}
-	if err := d.listenTCP(name, h.Listener, b, log); err != nil {
+	secret, err := readSecret(h.Listener.ClientSecretFile)
+	if err == nil {
+		to := httpserver.NewTokenEndpoint(b, name, secret, log)
+		err = d.listenTCP(h.Listener.Address, h.Listener.TLSCertFile, h.Listener.TLSKeyFile, to)
+	}
+	if err != nil {
 		return fmt.Errorf("hubs.%s.listener: %w", name, err)
 	}
 	return nil
 }
 
-// listenTCP opens a token endpoint for a hub without our Python half.
-func (d *doors) listenTCP(name broker.HubID, c *ListenerConfig, b *broker.Broker, log *slog.Logger) error {
-	secret, err := readSecret(c.ClientSecretFile)
-	if err != nil {
-		return err
-	}
+// listenTCP has a handler answer those who have no socket of ours.
+func (d *doors) listenTCP(address, certFile, keyFile string, to http.Handler) (err error) {
 	var cert tls.Certificate
-	if c.TLSCertFile != "" {
-		if cert, err = tls.LoadX509KeyPair(c.TLSCertFile, c.TLSKeyFile); err != nil {
+	if certFile != "" {
+		if cert, err = tls.LoadX509KeyPair(certFile, keyFile); err != nil {
 			return err
 		}
 	}
-	l, err := net.Listen("tcp", c.Address)
+	l, err := net.Listen("tcp", address)
 	if err != nil {
 		return err
 	}
 	d.listeners = append(d.listeners, l)
-	if c.TLSCertFile != "" {
+	if certFile != "" {
 		l = tls.NewListener(l, &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{cert}})
 	}
 	d.http = append(d.http, serving[*http.Server]{&http.Server{
-		Handler:           httpserver.NewTokenEndpoint(b, name, secret, log),
+		Handler:           to,
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       15 * time.Second,
 		WriteTimeout:      2 * time.Minute,
 		IdleTimeout:       5 * time.Minute,
 		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
 	}, l})
 	return nil
 }

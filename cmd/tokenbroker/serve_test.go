@@ -115,6 +115,36 @@ func TestTheListenerWantsItsSecret(t *testing.T) {
 	}
 }
 
+func TestALogoutAtTheProviderEndsTheSession(t *testing.T) {
+	address := freeAddress(t)
+	w := newTestWorld(t, func(c *Config) { c.Logout = &LogoutConfig{Address: address} })
+	if _, err := w.hub.login(t.Context(), "alice"); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.hub.claim(t.Context(), "alice"); err != nil {
+		t.Fatal(err)
+	}
+	token, err := w.idp.LogoutToken("alice")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		token  string
+		status int
+		active bool
+	}{{token + "x", 400, true}, {token, 200, false}, {token, 200, false}} {
+		resp, err := http.PostForm("http://"+address+"/backchannel-logout/devidp", url.Values{"logout_token": {tt.token}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		active, err := w.hub.checkSession(t.Context(), "alice")
+		if resp.StatusCode != tt.status || resp.Header.Get("Cache-Control") != "no-store" || err != nil || active != tt.active {
+			t.Errorf("answer %d %v; then the session is active: %t, %v", resp.StatusCode, resp.Header, active, err)
+		}
+	}
+}
+
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -267,7 +267,7 @@ func openProvider(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*
 		Endpoints: oauthprovider.Endpoints(c.Endpoints),
 		ClientID:  c.ClientID, ClientSecret: secret, AuthStyle: c.AuthStyle, PrivateKeyFile: c.PrivateKeyFile,
 		CAFile: c.CAFile, Proxy: c.Proxy, RedirectURI: c.RedirectURI, Roles: c.Roles, Audiences: c.Audiences,
-		Narrowing: broker.Narrowing(c.Narrowing), Adopt: c.Adopt, Rate: c.Rate, Log: log,
+		Narrowing: broker.Narrowing(c.Narrowing), Adopt: c.Adopt, Rate: c.Rate, OnLogout: c.OnLogout, Log: log,
 		RolesAPI: c.RolesAPI.use(), RefreshEndsAccess: c.RefreshEndsAccess,
 	})
 }

@@ -60,6 +60,15 @@ class Browser:
             raise Refused(f"{page.status_code} at {page.url}: {text_of(page)}")
         return page
 
+    def log_out(self, issuer):
+        """Log out at Keycloak itself, and say yes when it asks."""
+        page = self.open(f"{issuer}/protocol/openid-connect/logout?client_id=jupyterhub")
+        form = re.search(r'<form[^>]*action="([^"]*logout-confirm[^"]*)".*?</form>', page.text, flags=re.S)
+        code = re.search(r'name="session_code" value="([^"]*)"', form[0])
+        page = self.open(urljoin(page.url, html.unescape(form[1])), {"session_code": code[1], "confirmLogout": "Logout"})
+        if page.status_code != 200:
+            raise Refused(f"{page.status_code} at {page.url}: {text_of(page)}")
+
 
 def text_of(page):
     """What a person reads of an HTML page, roughly."""

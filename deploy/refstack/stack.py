@@ -208,6 +208,7 @@ class Stack:
             "token_life": token_life,
             "refresh_age": refresh_age,
             "keycloak_port": free_port("127.0.0.1"),
+            "logout_port": free_port("127.0.0.1"),
             "issuer_base": f"http://{gateway}:{free_port(gateway)}",
             "users": USERS,
             "hubs": {
@@ -275,6 +276,9 @@ class Stack:
                 url = self.settings["hubs"][hub_of[id]]["url"]
                 client["secret"] = self.secret(f"{hub_of[id]}-client-secret")
                 client["redirectUris"] = [f"{url}/hub/oauth_callback"]
+                if hub_of[id] == BROKER:
+                    client["attributes"]["backchannel.logout.url"] = (
+                        f"http://127.0.0.1:{self.settings['logout_port']}/backchannel-logout/keycloak")
             elif id in ("storage", "compute", "tokenbroker-events"):
                 client["secret"] = self.secret(f"{id}-secret")
             else:
@@ -295,6 +299,7 @@ hubs:
     socket: {d}/hubs/main/hub.sock
     uid: {os.getuid()}
     login: keycloak
+logout: {{address: "127.0.0.1:{s['logout_port']}"}}
 servers:
   directory: {d}/servers
   attestation: docker
