@@ -3,6 +3,7 @@ package broker_test
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -25,7 +26,7 @@ func (h *fakeHub) api() *broker.HubAPI {
 		Users: func(context.Context) (map[broker.UserID][]broker.ServerName, error) {
 			h.mu.Lock()
 			defer h.mu.Unlock()
-			return h.users, h.fail
+			return maps.Clone(h.users), h.fail
 		},
 		Stop: func(_ context.Context, u broker.UserID, s broker.ServerName) error {
 			h.mu.Lock()
