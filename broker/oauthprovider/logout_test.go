@@ -430,8 +430,9 @@ func TestALogoutTokenBringsNewKeys(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		r.key = key
 		time.Sleep(time.Minute)
+		synctest.Wait() // for the looks
+		r.key = key
 		if e, err := r.hear(r.said(nil, claimset{"jti": "2"})); err != nil {
 			t.Errorf("%+v, %v", e, err)
 		}
