@@ -255,7 +255,13 @@ func (kernel) Alive(p *broker.Peer) error {
 		return err
 	}
 	var n int
-	cerr := raw.Control(func(fd uintptr) { n, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0) })
+	cerr := raw.Control(func(fd uintptr) {
+		for { // the runtime's own signals interrupt it
+			if n, err = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); err != unix.EINTR {
+				return
+			}
+		}
+	})
 	if cerr != nil || err != nil || n != 0 {
 		return fmt.Errorf("peer: %v, %v, %d", cerr, err, n)
 	}
