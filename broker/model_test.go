@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"log/slog"
 	"os"
@@ -48,7 +49,12 @@ const (
 	modelStrict = "strict single use"
 )
 
+// With -rapid.checks=N each kind of provider is tried N times; it is 100, and 25
+// under the race detector.
 func TestModelOfTheRefresh(t *testing.T) {
+	if checks := flag.Lookup("rapid.checks"); raced() && checks.Value.String() == checks.DefValue {
+		flag.Set("rapid.checks", "25")
+	}
 	for _, kind := range []string{modelKeeps, modelGrace, modelStrict} {
 		t.Run(kind, func(t *testing.T) {
 			dir := filepath.Dir(inMemory(t)) // outside of the bubbles
