@@ -39,7 +39,8 @@ var falls = []fall{
 	{name: "killed, snapshots only", settings: []string{"appendonly no"}, before: (*past).save, forgets: true, short: true},
 	{name: "killed, no persistence", settings: []string{"appendonly no"}, forgets: true, empty: true},
 	{name: "FLUSHALL", after: (*past).flush, kept: true, forgets: true, empty: true, short: true},
-	{name: restored, short: true, before: (*past).copyFiles, after: (*past).restoreFiles, kept: true, forgets: true},
+	// Synced at once, so that the copy has all that was answered until then.
+	{name: restored, short: true, settings: []string{"appendfsync always"}, before: (*past).copyFiles, after: (*past).restoreFiles, kept: true, forgets: true},
 	{name: "older dump restored", settings: []string{"appendonly no"}, before: (*past).copyDump, after: (*past).restoreFiles, forgets: true},
 	{name: "stale replica promoted", before: (*past).partition, after: (*past).promote, forgets: true, short: true},
 }
