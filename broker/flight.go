@@ -54,11 +54,20 @@ func (f *flights[K, V]) fly(ctx context.Context, k K, c *flight[V], call func(co
 			c.err = fmt.Errorf("a %T panicked at %s", r, debug.Stack())
 		}
 		f.mu.Lock()
-		delete(f.all, k)
+		if f.all[k] == c {
+			delete(f.all, k)
+		}
 		f.mu.Unlock()
 		close(c.done)
 	}()
 	c.v, c.err = call(ctx)
+}
+
+// shut lets nobody else wait for k's call: who asks from now on gets another.
+func (f *flights[K, V]) shut(k K) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	delete(f.all, k)
 }
 
 // wait returns when no call is under way.
@@ -69,50 +78,26 @@ func (f *flights[K, V]) wait() { f.wg.Wait() }
 // sees what he has seen. The calls are detached from their callers. The zero
 // value is ready.
 type sequels[K comparable] struct {
-	mu    sync.Mutex // guards the map
-	next  map[K]*flight[struct{}]
-	turns turns[K]
-	wg    sync.WaitGroup
+	flights flights[K, struct{}]
+	turns   turns[K]
 }
 
 // do returns call's error, or ctx's if that ends first.
 func (s *sequels[K]) do(ctx context.Context, k K, call func(context.Context) error) error {
-	s.mu.Lock()
-	c, ok := s.next[k]
-	if !ok {
-		c = &flight[struct{}]{done: make(chan struct{})}
-		if s.next == nil {
-			s.next = make(map[K]*flight[struct{}])
+	_, err := s.flights.do(ctx, k, func(ctx context.Context) (none struct{}, err error) {
+		leave, err := s.turns.take(ctx, k)
+		if err != nil {
+			return none, err
 		}
-		s.next[k] = c
-		detached := context.WithoutCancel(ctx)
-		s.wg.Go(func() { s.run(detached, k, c, call) })
-	}
-	s.mu.Unlock()
-	select {
-	case <-c.done:
-		return c.err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-func (s *sequels[K]) run(ctx context.Context, k K, c *flight[struct{}], call func(context.Context) error) {
-	defer close(c.done)
-	leave, err := s.turns.take(ctx, k)
-	if err != nil {
-		c.err = err
-		return
-	}
-	defer leave()
-	s.mu.Lock()
-	delete(s.next, k)
-	s.mu.Unlock()
-	c.err = call(ctx)
+		defer leave()
+		s.flights.shut(k)
+		return none, call(ctx)
+	})
+	return err
 }
 
 // wait returns when no call is under way.
-func (s *sequels[K]) wait() { s.wg.Wait() }
+func (s *sequels[K]) wait() { s.flights.wait() }
 
 // turns lets callers of one key in one at a time. The zero value is ready.
 type turns[K comparable] struct {

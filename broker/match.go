@@ -135,27 +135,30 @@ func (v *view) state(p ProviderID) GrantState {
 	return NoGrant
 }
 
-// facts is what policy decides on; nothing else makes Facts. It joins the roles
-// of all of the user's grants: a rule may want a role of one provider for a token
-// of another. Roles of a grant that has ended count only where the token would
-// come from that grant, so that the answer is that it has ended.
+// facts is what policy decides on.
 func (v *view) facts(s *server, wanted ProviderID) Facts {
-	f := Facts{Server: s.Key, Groups: v.groups, Shared: s.Shared}
+	f := Facts{Server: s.Key, Roles: v.roles(wanted), Groups: v.groups, Shared: s.Shared}
 	if s.workload != nil {
 		f.Image, f.Level = s.workload.Image, s.workload.Level
 	}
+	return f
+}
+
+// roles joins those of all of the user's grants: a rule may want a role of one
+// provider for a token of another. Roles of a grant that has ended count only where
+// the token would come from that grant, so that the answer is that it has ended.
+func (v *view) roles(wanted ProviderID) (roles []string) {
 	for p, g := range v.grants {
 		if g.State == Live || p == wanted {
-			f.Roles = append(f.Roles, g.Roles...)
+			roles = append(roles, g.Roles...)
 		}
 	}
-	f.Roles = sorted(f.Roles)
-	return f
+	return sorted(roles)
 }
 
 // mayHave says whether any rule gives v's user want on some server of his.
 func (v *view) mayHave(rules []Rule, hub HubID, want Want) bool {
-	f := v.facts(&server{Registration: Registration{Key: ServerKey{Hub: hub, User: v.user}}}, want.Provider)
+	f := Facts{Server: ServerKey{Hub: hub, User: v.user}, Roles: v.roles(want.Provider), Groups: v.groups}
 	return slices.ContainsFunc(rules, func(r Rule) bool { return r.couldGive(f, want) })
 }
 

@@ -384,7 +384,7 @@ func TestNobodyIsHurriedToRetryALostAnswer(t *testing.T) {
 				}
 			})
 		})
-		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost}})
+		r.provider.Next(lostAnswer(false))
 		ended.Go(func() { r.token(p, broker.Want{}) })
 		synctest.Wait()
 		if n := told.Load(); n != 0 {

@@ -140,7 +140,7 @@ func (b *Broker) revokeOne(ctx context.Context, k GrantKey) {
 	_, err := b.revocations.do(ctx, k, func(ctx context.Context) (none struct{}, err error) {
 		return none, b.revoke(ctx, k)
 	})
-	if err != nil && !errors.Is(err, errKeep) {
+	if err != nil {
 		b.cfg.Log.Warn("tokens can't be revoked at the moment; it is tried again", "grant", k, "err", err)
 	}
 }

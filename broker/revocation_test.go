@@ -40,7 +40,7 @@ func (r *rig) disconnect() broker.Disconnection {
 	return gone[0]
 }
 
-func print(token string) string { return broker.NewSecret(token).Fingerprint() }
+func fingerprint(token string) string { return broker.NewSecret(token).Fingerprint() }
 
 func TestDisconnectRevokesAllThatWasHandedOut(t *testing.T) {
 	inBubble(t, func(r *rig) {
@@ -60,7 +60,7 @@ func TestDisconnectRevokesAllThatWasHandedOut(t *testing.T) {
 		if got := r.disconnect().Revocation; got != broker.RevocationDone {
 			t.Errorf("the revocation is %q, want done", got)
 		}
-		r.revoked(print(refresh), login.Token.Access.Fingerprint(), first.Access.Fingerprint(), second.Access.Fingerprint())
+		r.revoked(fingerprint(refresh), login.Token.Access.Fingerprint(), first.Access.Fingerprint(), second.Access.Fingerprint())
 		time.Sleep(time.Hour)
 		if n := r.provider.Calls("revoke"); n != 4 {
 			t.Errorf("%d revocations, want 4: what is done is done", n)
@@ -90,7 +90,7 @@ func TestRevocationIsTriedUntilItIsDone(t *testing.T) {
 			if got := r.grant("alice").Revocation; got != broker.RevocationDone {
 				t.Errorf("the revocation is %q, want done", got)
 			}
-			r.revoked(print(refresh)) // its access token has ended by itself
+			r.revoked(fingerprint(refresh)) // its access token has ended by itself
 		})
 	}
 }

@@ -1,14 +1,12 @@
 package broker_test
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"log/slog"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -26,7 +24,7 @@ type rig struct {
 	attestor *brokertest.Attestor
 	sockets  *brokertest.Sockets
 	audit    *audit
-	log      *syncBuffer
+	log      *brokertest.Buffer
 	cfg      broker.Config
 	*broker.Broker
 }
@@ -52,7 +50,7 @@ func newRig(t testing.TB, edit ...func(*broker.Config)) *rig {
 	}
 	r := &rig{
 		t: t, store: brokertest.NewMemStore(), provider: brokertest.NewProvider("keycloak"),
-		attestor: brokertest.NewAttestor(), sockets: brokertest.NewSockets(), audit: &audit{}, log: &syncBuffer{},
+		attestor: brokertest.NewAttestor(), sockets: brokertest.NewSockets(), audit: &audit{}, log: &brokertest.Buffer{},
 	}
 	r.cfg = broker.Config{
 		Deployment: "lab", Host: "host1", Contact: "it@lab.example",
@@ -189,7 +187,7 @@ func (r *rig) nothingLeaked() {
 
 // audit is a writer that can fail.
 type audit struct {
-	syncBuffer
+	brokertest.Buffer
 	fail error
 	slow func()
 }
@@ -201,7 +199,7 @@ func (a *audit) Write(p []byte) (int, error) {
 	if a.fail != nil {
 		return 0, a.fail
 	}
-	return a.syncBuffer.Write(p)
+	return a.Buffer.Write(p)
 }
 
 // entries are the lines of one action.
@@ -217,23 +215,6 @@ func (a *audit) entries(t testing.TB, action string) (all []broker.Entry) {
 		}
 	}
 	return all
-}
-
-type syncBuffer struct {
-	mu sync.Mutex // guards b
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
 
 func lasts(t testing.TB, tok broker.Token, want time.Duration) {

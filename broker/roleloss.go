@@ -46,8 +46,8 @@ func (b *Broker) roleLost(ctx context.Context, was, is Grant) error {
 // lostWith says whether r was met by the roles that v's user had with old, and is
 // not by those he has.
 func (r *Rule) lostWith(v *view, hub HubID, old []string) bool {
-	f := v.facts(&server{Registration: Registration{Key: ServerKey{Hub: hub, User: v.user}}}, r.Provider)
-	return oneOf(r.Hubs, hub) && oneOf(r.Users, v.user) && !r.hasRole(f.Roles) && r.hasRole(slices.Concat(f.Roles, old))
+	now := v.roles(r.Provider)
+	return oneOf(r.Hubs, hub) && oneOf(r.Users, v.user) && !r.hasRole(now) && r.hasRole(slices.Concat(now, old))
 }
 
 // endForLoss ends the user's grant at p.
@@ -153,18 +153,12 @@ func (b *Broker) stopPurposeless(ctx context.Context, k userKey) (n int, err err
 // gives it anything. The image and the level are not known of a server elsewhere;
 // they count as what the rules want, so that no server is stopped by mistake.
 func (v *view) purposeless(rules []Rule, k ServerKey) (rule int, ok bool) {
-	roles := make(map[ProviderID][]string)
-	for _, r := range rules {
-		if roles[r.Provider] == nil {
-			roles[r.Provider] = v.facts(&server{Registration: Registration{Key: k}}, r.Provider).Roles
-		}
-	}
-	about := func(r Rule) bool { return oneOf(r.Hubs, k.Hub) && oneOf(r.Users, k.User) && oneOf(r.Servers, k.Server) }
 	for i, r := range rules {
-		switch has := r.hasRole(roles[r.Provider]); {
-		case about(r) && has && r.hasGroup(v.groups):
+		about := oneOf(r.Hubs, k.Hub) && oneOf(r.Users, k.User) && oneOf(r.Servers, k.Server)
+		switch has := r.hasRole(v.roles(r.Provider)); {
+		case about && has && r.hasGroup(v.groups):
 			return 0, false
-		case about(r) && !has && r.OnRoleLost == StopServer && !ok:
+		case about && !has && r.OnRoleLost == StopServer && !ok:
 			rule, ok = i+1, true
 		}
 	}

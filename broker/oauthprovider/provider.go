@@ -165,7 +165,7 @@ func (p *Provider) open() error {
 			return err
 		}
 	}
-	base, err := transport(p.cfg.CAFile, p.cfg.Proxy)
+	base, err := Transport(p.cfg.CAFile, p.cfg.Proxy)
 	if err != nil {
 		return err
 	}

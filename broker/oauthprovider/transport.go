@@ -19,8 +19,10 @@ import (
 // maxBody is the most that is read of any answer.
 const maxBody = 1 << 20
 
-// transport makes the base of both clients.
-func transport(caFile, proxy string) (*http.Transport, error) {
+// Transport is how a provider is reached: it trusts the authorities in a file, or
+// the system's, goes by a proxy if there is one, whatever the environment says, and
+// repeats no request.
+func Transport(caFile, proxy string) (*http.Transport, error) {
 	t := &http.Transport{
 		DialContext:            (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 30 * time.Second}).DialContext,
 		TLSClientConfig:        &tls.Config{MinVersion: tls.VersionTLS12},

@@ -1,7 +1,6 @@
 package rolewatch_test
 
 import (
-	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -18,6 +17,7 @@ import (
 	"time"
 
 	"tokenbroker/broker"
+	"tokenbroker/broker/brokertest"
 	"tokenbroker/broker/rolewatch"
 )
 
@@ -235,7 +235,7 @@ type rig struct {
 	*realm
 	looker
 	t   *testing.T
-	log *syncBuffer
+	log *brokertest.Buffer
 	cfg rolewatch.KeycloakConfig
 }
 
@@ -251,7 +251,7 @@ const (
 func inBubble(t *testing.T, f func(r *rig), edit ...func(*rig)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
-		r := &rig{realm: newRealm(), t: t, log: &syncBuffer{}}
+		r := &rig{realm: newRealm(), t: t, log: &brokertest.Buffer{}}
 		r.cfg = rolewatch.KeycloakConfig{
 			Provider: "keycloak", URL: "https://sso.example.org/auth/admin/realms/lab", ClientID: "events",
 			ClientSecret: broker.NewSecret("s3%cret"), Transport: r.realm,
@@ -316,23 +316,6 @@ func (r *rig) says(text string, n int) {
 	if got := strings.Count(r.log.String(), text); got != n {
 		r.t.Errorf("the log has %q %d times, want %d:\n%s", text, got, n, r.log)
 	}
-}
-
-type syncBuffer struct {
-	mu sync.Mutex // guards b
-	b  bytes.Buffer
-}
-
-func (s *syncBuffer) Write(p []byte) (int, error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.Write(p)
-}
-
-func (s *syncBuffer) String() string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.b.String()
 }
 
 var errNothingKnown = errors.New("nothing is known")

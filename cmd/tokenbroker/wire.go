@@ -10,8 +10,6 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"net/http"
-	"net/url"
 	"os"
 	"slices"
 	"sync"
@@ -291,17 +289,9 @@ func openEvents(name broker.ProviderID, c ProviderConfig, log *slog.Logger) (*ro
 	if err != nil {
 		return nil, fmt.Errorf("events.client_secret_file: %w", err)
 	}
-	transport := http.DefaultTransport.(*http.Transport).Clone()
-	transport.Proxy = nil // the environment is not asked
-	if transport.TLSClientConfig, err = clientTLS(c.CAFile); err != nil {
-		return nil, fmt.Errorf("ca_file: %w", err)
-	}
-	if c.Proxy != "" {
-		proxy, err := url.Parse(c.Proxy)
-		if err != nil {
-			return nil, errors.New("proxy: it is not a URL") // it may hold a password: not shown
-		}
-		transport.Proxy = http.ProxyURL(proxy)
+	transport, err := oauthprovider.Transport(c.CAFile, c.Proxy)
+	if err != nil {
+		return nil, err
 	}
 	return rolewatch.NewKeycloak(rolewatch.KeycloakConfig{
 		Provider: name, URL: c.Events.URL, ClientID: c.Events.ClientID, ClientSecret: secret, Every: c.Events.Every,
