@@ -84,7 +84,7 @@ type Broker struct {
 	bells       bells[string]    // at grants that another broker refreshes
 
 	closing chan struct{} // closed by Close
-	work    sync.WaitGroup
+	work    crew
 	stop    context.CancelFunc // ends Watch, the recheck and what listens
 }
 
@@ -212,7 +212,7 @@ func (b *Broker) Start(ctx context.Context) error {
 func (b *Broker) Close() {
 	close(b.closing)
 	b.stop()
-	b.work.Wait()
+	b.work.wait()
 	b.exchanges.wait()
 	b.refreshes.wait()
 	b.adoptions.wait()

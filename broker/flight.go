@@ -12,9 +12,9 @@ import (
 // for that call's result. The call is detached from its callers: they may hang
 // up, what it began is finished. The zero value is ready.
 type flights[K comparable, V any] struct {
-	mu  sync.Mutex // guards the map
-	all map[K]*flight[V]
-	wg  sync.WaitGroup
+	mu   sync.Mutex // guards the map
+	all  map[K]*flight[V]
+	crew crew
 }
 
 type flight[V any] struct {
@@ -34,7 +34,7 @@ func (f *flights[K, V]) do(ctx context.Context, k K, call func(context.Context) 
 		}
 		f.all[k] = c
 		detached := context.WithoutCancel(ctx)
-		f.wg.Go(func() { f.fly(detached, k, c, call) })
+		f.crew.Go(func() { f.fly(detached, k, c, call) })
 	}
 	f.mu.Unlock()
 
@@ -71,7 +71,51 @@ func (f *flights[K, V]) shut(k K) {
 }
 
 // wait returns when no call is under way.
-func (f *flights[K, V]) wait() { f.wg.Wait() }
+func (f *flights[K, V]) wait() { f.crew.wait() }
+
+// A crew is a sync.WaitGroup whose calls may also begin while somebody waits and
+// none is left, as requests do that come in while a broker closes. The zero value
+// is ready.
+type crew struct {
+	mu   sync.Mutex // guards all below
+	n    int
+	idle chan struct{} // closed once n is 0; nil: nobody waits for that
+}
+
+// Go runs f in a goroutine of its own.
+func (c *crew) Go(f func()) {
+	c.mu.Lock()
+	c.n++
+	c.mu.Unlock()
+	go func() {
+		defer c.leave()
+		f()
+	}()
+}
+
+func (c *crew) leave() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.n--; c.n == 0 && c.idle != nil {
+		close(c.idle)
+		c.idle = nil
+	}
+}
+
+// wait returns when no call is under way.
+func (c *crew) wait() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.n > 0 {
+		if c.idle == nil {
+			c.idle = make(chan struct{})
+		}
+		idle := c.idle
+		c.mu.Unlock()
+		<-idle
+		c.mu.Lock()
+	}
+}
 
 // sequels runs calls of one key one after the other, one for all who asked before
 // it began: whoever asks while a call is under way waits for the next one, which

@@ -62,12 +62,11 @@ func (p *modelIDP) next(a modelAnswer)  { p.locked(func() { p.answers = append(p
 func (p *modelIDP) setRoles(r []string) { p.locked(func() { p.roles = r }) }
 func (p *modelIDP) newest() (n int)     { p.locked(func() { n = len(p.sessions) }); return n }
 
-// busySince says whether a refresh of the last session is under way that began
-// after t.
+// busySince says whether a refresh of any session is under way that began after t:
+// a store that goes back may go back to an earlier session.
 func (p *modelIDP) busySince(t time.Time) (yes bool) {
 	p.locked(func() {
-		s := p.sessions[len(p.sessions)-1]
-		yes = s.underWay > 0 && s.began.After(t)
+		yes = slices.ContainsFunc(p.sessions, func(s *modelSession) bool { return s.underWay > 0 && s.began.After(t) })
 	})
 	return yes
 }
