@@ -105,11 +105,14 @@ func (b *Broker) boxed(e journalEntry) (Grant, bool) {
 	if e.Box == nil {
 		return Grant{}, false
 	}
-	plain, err := b.cfg.Keys.Open(e.Box, b.boxPlace(e.Key, e.Version))
 	var r grantRecord
-	if err == nil {
-		err = json.Unmarshal(plain, &r)
-	}
+	var err error
+	erasing(func() {
+		var plain []byte
+		if plain, err = b.cfg.Keys.Open(e.Box, b.boxPlace(e.Key, e.Version)); err == nil {
+			err = json.Unmarshal(plain, &r)
+		}
+	})
 	if err != nil {
 		b.cfg.Log.Error("a grant in the journal can't be opened", "grant", e.Key, "err", err)
 		return Grant{}, false
@@ -189,11 +192,14 @@ func (e *journalEntry) learn(g Grant) (news bool) {
 
 // box seals g for the journal; nil, which is logged, if it can't.
 func (b *Broker) box(g Grant) []byte {
-	plain, err := json.Marshal(g.record())
 	var box []byte
-	if err == nil {
-		box, err = b.cfg.Keys.Seal(plain, b.boxPlace(g.Key, g.Version))
-	}
+	var err error
+	erasing(func() {
+		var plain []byte
+		if plain, err = json.Marshal(g.record()); err == nil {
+			box, err = b.cfg.Keys.Seal(plain, b.boxPlace(g.Key, g.Version))
+		}
+	})
 	if err != nil {
 		b.cfg.Log.Error("a grant can't be sealed for the journal", "grant", g.Key, "err", err)
 		return nil

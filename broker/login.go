@@ -135,7 +135,9 @@ func (b *Broker) login(ctx context.Context, hub HubID, provider ProviderID, c Co
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), loginWithin)
 	defer cancel()
-	id, iss, err := p.Login(ctx, c)
+	var id Identity
+	var iss Issued
+	erasing(func() { id, iss, err = p.Login(ctx, c) })
 	if err != nil {
 		return HubToken{}, loginError(provider, err)
 	}

@@ -19,6 +19,10 @@ import (
 )
 
 func main() {
+	if err := hardenProcess(); err != nil {
+		fmt.Fprintf(os.Stderr, "tokenbroker: %v\n", err)
+		os.Exit(1)
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
