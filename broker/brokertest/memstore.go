@@ -122,6 +122,16 @@ func (s *MemStore) Tamper(k broker.Key, box []byte) bool {
 	return ok
 }
 
+// PutBack puts a record as it once was in the place of the one that is there, as
+// somebody who can write to the store might.
+func (s *MemStore) PutBack(k broker.Key, old broker.Record) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := s.records[encode(k)]
+	r.Record, r.key = broker.Record{Revision: old.Revision, Box: bytes.Clone(old.Box)}, k
+	s.records[encode(k)] = r
+}
+
 // Copy returns what a backup or a replica would hold now, for Fallback.
 func (s *MemStore) Copy() *MemCopy {
 	s.mu.Lock()
