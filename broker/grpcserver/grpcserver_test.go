@@ -43,7 +43,7 @@ var (
 
 // A rig is a broker on which alice has logged in and her server runs.
 type rig struct {
-	t        *testing.T
+	t        testing.TB
 	b        *broker.Broker
 	store    *brokertest.MemStore
 	provider *brokertest.Provider
@@ -51,7 +51,7 @@ type rig struct {
 	logger   *slog.Logger
 }
 
-func newRig(t *testing.T) *rig {
+func newRig(t testing.TB) *rig {
 	t.Helper()
 	r := &rig{t: t, store: brokertest.NewMemStore(), provider: brokertest.NewProvider("keycloak")}
 	r.logger = slog.New(slog.NewTextHandler(&r.log, nil))
@@ -129,7 +129,7 @@ func (r *rig) dial(s *grpc.Server, as func(*broker.Peer)) *grpc.ClientConn {
 	return cc
 }
 
-func check(t *testing.T, err error) {
+func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
