@@ -95,7 +95,8 @@ func (a *answer) issued() broker.Issued {
 
 // life is how long the access token lives, the shortest of what is said: by
 // the answer, and by the token's own claims, read as a span so that our clock
-// doesn't matter.
+// doesn't matter. An answer may have cut the second that had begun when it was
+// made; the token works in it all the same.
 func (a *answer) life(now time.Time) time.Duration {
 	exp, ok := a.claims.seconds("exp")
 	if !ok {
@@ -112,7 +113,7 @@ func (a *answer) life(now time.Time) time.Duration {
 	case own == 0:
 		own = 1 // it has ended; 0 would mean that nothing is known
 	}
-	if a.expiresIn == 0 {
+	if a.expiresIn == 0 || own == a.expiresIn+time.Second {
 		return own
 	}
 	return min(own, a.expiresIn)

@@ -341,6 +341,8 @@ func TestAnAccessTokenSpeaksForItself(t *testing.T) {
 			broker.Issued{ExpiresIn: 30 * time.Second, Scopes: []string{"read", "write"}, ScopesKnown: true, Audience: []string{"a", "b"}, AudienceKnown: true}},
 		{"longer than the answer says", claimset{"aud": "a", "exp": now + 3600},
 			broker.Issued{ExpiresIn: time.Minute, Audience: []string{"a"}, AudienceKnown: true}},
+		{"the answer has cut the second that has begun", claimset{"aud": "a", "iat": now, "exp": now + 61},
+			broker.Issued{ExpiresIn: 61 * time.Second, Audience: []string{"a"}, AudienceKnown: true}},
 		{"a clock an hour ahead", claimset{"aud": "a", "iat": now + 3600, "exp": now + 3630},
 			broker.Issued{ExpiresIn: 30 * time.Second, Audience: []string{"a"}, AudienceKnown: true}},
 		{"scp as a list, no audience", claimset{"scp": []string{"write", "read"}, "aud": nil, "exp": nil},
