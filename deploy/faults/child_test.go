@@ -13,7 +13,6 @@ import (
 	"net/rpc"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -62,7 +61,9 @@ type Reply struct {
 	Next     string    // what to do about it
 	Handle   string    // after a login
 	Print    string    // of the token
+	Ends     time.Time // of the token, as it says itself
 	Stopped  time.Time // of a disconnect: when issuing stopped
+	Until    time.Time // likewise: when the last token ends that was handed out
 	NotKept  string    // likewise: why the store may forget it
 }
 
@@ -173,7 +174,11 @@ func open() (system, error) {
 // ours is a Broker.
 type ours struct {
 	*broker.Broker
-	mu sync.Mutex // lets one server be started at a time
+	store *tapped
+
+	mu      sync.Mutex      // lets one server be started at a time, and guards what follows
+	servers map[string]bool // whose run here; nil: not asked yet
+	watches map[string]*stream
 }
 
 func newOurs(c setup, p broker.Provider) (*ours, error) {
@@ -188,6 +193,7 @@ func newOurs(c setup, p broker.Provider) (*ours, error) {
 	if err := store.Check(context.Background()); err != nil {
 		return nil, err
 	}
+	tap := &tapped{Store: store}
 	log, err := os.OpenFile(filepath.Join(c.Dir, c.Host+".log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return nil, err
@@ -204,13 +210,13 @@ func newOurs(c setup, p broker.Provider) (*ours, error) {
 			{Provider: "idp", Roles: []string{"researcher"}, Scopes: scopes, Unverified: c.Profile == "generic"},
 			{Provider: "idp", Roles: []string{"guest"}, Scopes: guests},
 		},
-		Store: store, Keys: keys, Attestor: anybody{}, Sockets: brokertest.NewSockets(),
+		Store: tap, Keys: keys, Attestor: anybody{}, Sockets: brokertest.NewSockets(),
 		Audit: audit, Log: slog.New(slog.NewTextHandler(log, nil)), Journal: filepath.Join(c.Dir, c.Host+".journal"),
 	})
 	if err != nil {
 		return nil, err
 	}
-	return &ours{Broker: b}, b.Start(context.Background())
+	return &ours{Broker: b, store: tap, watches: map[string]*stream{}}, b.Start(context.Background())
 }
 
 func (o *ours) login(ctx context.Context, c Call) (handle string, err error) {
@@ -225,12 +231,20 @@ func (o *ours) login(ctx context.Context, c Call) (handle string, err error) {
 }
 
 func (o *ours) token(ctx context.Context, c Call) (print string, err error) {
-	if err := o.serve(c.User); err != nil {
-		return "", err
-	}
-	peer := &broker.Peer{Server: broker.ServerKey{Hub: "hub", User: broker.UserID(c.User)}, PID: 1}
-	t, err := o.Token(ctx, peer, broker.Want{Scopes: c.Scopes})
+	t, err := o.get(ctx, c)
 	return t.Access.Fingerprint(), err
+}
+
+func (o *ours) get(ctx context.Context, c Call) (broker.Token, error) {
+	if err := o.serve(c.User); err != nil {
+		return broker.Token{}, err
+	}
+	return o.Token(ctx, peer(c.User), broker.Want{Scopes: c.Scopes})
+}
+
+// peer is a process in the user's server.
+func peer(user string) *broker.Peer {
+	return &broker.Peer{Server: broker.ServerKey{Hub: "hub", User: broker.UserID(user)}, PID: 1}
 }
 
 // serve starts the user's server here, once, unless it was there before the
@@ -238,11 +252,17 @@ func (o *ours) token(ctx context.Context, c Call) (print string, err error) {
 func (o *ours) serve(user string) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	here := func(r broker.Registration) bool { return r.Key.User == broker.UserID(user) }
-	if slices.ContainsFunc(o.Registrations(), here) {
+	if o.servers == nil {
+		o.servers = map[string]bool{}
+		for _, r := range o.Registrations() {
+			o.servers[string(r.Key.User)] = true
+		}
+	}
+	if o.servers[user] {
 		return nil
 	}
 	_, err := o.Register(context.Background(), "hub", broker.RegisterRequest{User: broker.UserID(user), ContainerName: "jupyter-" + user})
+	o.servers[user] = err == nil
 	return err
 }
 

@@ -17,7 +17,7 @@ import (
 func (s *Service) Disconnect(c Call, r *Reply) error {
 	gone, _, err := s.s.(*ours).Broker.Disconnect(context.Background(), "test", "hub", broker.UserID(c.User), "")
 	for _, d := range gone {
-		r.Stopped, r.NotKept = d.IssuingStoppedAt, d.NotKept
+		r.Stopped, r.Until, r.NotKept = d.IssuingStoppedAt, d.OutstandingUntil, d.NotKept
 	}
 	return r.of(err)
 }

@@ -89,20 +89,30 @@ func (w *world) tell() {
 }
 
 // login gives user a new session, through the first broker, and the hub a handle.
+// All brokers know of it when it returns.
 func (w *world) login(user string) (handle string) {
 	w.t.Helper()
-	code, verifier, err := w.idp.code(user, append([]string{"openid"}, scopes...)...)
+	r, err := w.loginAt(w.brokers[0], user)
 	if err != nil {
 		w.t.Fatal(err)
-	}
-	r, err := w.brokers[0].call("Login", Call{User: user, Code: code, Verifier: verifier})
-	if err != nil || r.Code != "" {
-		w.t.Fatalf("log %s in: %+v, %v", user, r, err)
 	}
 	for _, b := range w.brokers {
 		w.knows(b, user)
 	}
 	return r.Handle
+}
+
+// loginAt gives user a new session through b.
+func (w *world) loginAt(b *process, user string) (Reply, error) {
+	code, verifier, err := w.idp.code(user, append([]string{"openid"}, scopes...)...)
+	if err != nil {
+		return Reply{}, err
+	}
+	r, err := b.call("Login", Call{User: user, Code: code, Verifier: verifier})
+	if err == nil && r.Code != "" {
+		err = fmt.Errorf("log %s in: %+v", user, r)
+	}
+	return r, err
 }
 
 // knows waits until b gives user a token: for 250 ms a broker goes by what it has
