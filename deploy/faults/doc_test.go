@@ -17,6 +17,8 @@
 //	storm_test.go      many callers on two and three brokers, and callers who hang up
 //	timeback_test.go   a Redis that forgets: killed, flushed, restored, a stale one promoted
 //	epochs_test.go     roles and disconnects that race refreshes and cached reads
+//	fleet_test.go      2,100 users on three brokers: how soon a disconnect counts, what
+//	                   the confirmation costs, and whether outstanding_until is true
 //	strangers_test.go  callers, hubs, kills and lost answers at the providers of others
 //	trouble_test.go    Redis that takes no changes, forgets, or falls back
 //	schedule_test.go   random trouble; the answers are checked against a model.

@@ -146,7 +146,7 @@ func (f *fleet) confirm(users int) {
 	began := time.Now()
 	was, evals, gets := f.reads(), f.calls("evalsha"), f.calls("hmget")
 	stop := f.ask(some)
-	time.Sleep(time.Duration(pick(60, 1)) * time.Second)
+	time.Sleep(time.Duration(pick(40, 1)) * time.Second)
 	asked := stop()
 	is, took := f.reads(), time.Since(began)
 	evals, gets = f.calls("evalsha")-evals, f.calls("hmget")-gets
@@ -296,7 +296,11 @@ func (f *fleet) cut(how manner, user string, by *process) *cutoff {
 			c.end()
 		})
 	}
-	time.Sleep(rand.N(time.Second)) // a broker looks once a second whether anybody asks or not
+	phase := lease
+	if how.quiet {
+		phase = time.Second // that often a broker looks whether anybody asks or not
+	}
+	time.Sleep(rand.N(phase))
 	c.given = time.Now()
 	go func() { // it may answer when this part of the test is over
 		said, err := by.call("Disconnect", Call{User: user})

@@ -101,7 +101,7 @@ func (p *idp) askDev(t *testing.T, kind string) {
 	if kind == soaking {
 		cfg.AccessTTL = 20 * time.Second
 	}
-	for i := range 2048 {
+	for i := range 2100 {
 		cfg.Users = append(cfg.Users, devidp.User{Name: fmt.Sprintf("user%d", i), Roles: []string{"researcher"}})
 	}
 	var err error
