@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -39,6 +40,34 @@ func TestAHintIsFollowedAtOnce(t *testing.T) {
 	}
 }
 
+// Who hints, or sends a logout token, tells one broker of the deployment.
+func TestAHintIsFollowedForHubsOfOtherBrokersToo(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{})
+		other := r.away()
+		defer other.Close()
+		r.provider.SetRoles("alice", "student")
+		r.provider.SetRoles(`al"ice`, "researcher") // whose name needs an escape in the list
+		r.loggedIn(`al"ice`)
+		other.lookNow("alice")
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		r.provider.SetRoles(`al"ice`, "student")
+		other.lookNow(`al"ice`)
+		if g := r.grant(`al"ice`); len(g.Roles) != 1 || g.Roles[0] != "keycloak:roles/student" {
+			t.Errorf("the roles are %v", g.Roles)
+		}
+		e := other.loggedOut(logout("1", "alice", r.provider.Session("alice")))
+		if g := r.grant("alice"); g.State != broker.NeedsLogin || e.Hub != "main" || e.User != "alice" {
+			t.Errorf("the grant is %s, and the audit says %+v", g.State, e)
+		}
+		if n := len(other.audit.entries(t, "roles")); n != 2 {
+			t.Errorf("%d changes of roles are in the audit of the broker that was told, want 2", n)
+		}
+	})
+}
+
 func TestAHintWithoutAChangeChangesNothing(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")
@@ -61,6 +90,58 @@ func TestAHintAboutASessionThatEndedAsksForALogin(t *testing.T) {
 		r.provider.EndSession("alice")
 		r.lookNow("alice")
 		r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+	})
+}
+
+// Requests let a disabled account rest. A hint may be that it was switched on.
+func TestAHintAboutADisabledAccountIsFollowedAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		off := brokertest.Answer{Err: &broker.ProviderError{Class: broker.Disabled}}
+		r.provider.Next(off)
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		r.provider.Next(off)
+		r.lookNow("alice") // of something else
+		if g := r.grant("alice"); g.State != broker.GrantDisabled || r.provider.Calls("refresh") != 2 {
+			t.Errorf("the grant is %s after %d refreshes, want two that found it disabled", g.State, r.provider.Calls("refresh"))
+		}
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		if n := r.provider.Calls("refresh"); n != 2 {
+			t.Errorf("%d refreshes: a request does not let the account rest", n)
+		}
+		before := r.log.String()
+		r.lookNow("alice")
+		if g := r.grant("alice"); g.State != broker.Live {
+			t.Errorf("the grant is %s", g.State)
+		}
+		r.token(p, broker.Want{})
+		if said := strings.TrimPrefix(r.log.String(), before); strings.Contains(said, "WARN") {
+			t.Errorf("the log complains: %s", said)
+		}
+	})
+}
+
+// What rests because a retry got no answer rests also for hints.
+func TestAHintDoesNotShortenTheRestAfterALostRetry(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		lost := brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost}}
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.Disabled}})
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		r.provider.Next(lost, lost)
+		r.lookNow("alice")
+		n := r.provider.Calls("refresh")
+		if n != 3 {
+			t.Fatalf("%d refreshes, want the first, the lost one and its retry", n)
+		}
+		r.lookNow("alice")
+		if r.provider.Calls("refresh") != n {
+			t.Error("the token was sent again")
+		}
 	})
 }
 
@@ -174,11 +255,11 @@ func TestLogoutAtTheHubDoesWhatTheHubIsConfiguredFor(t *testing.T) {
 				p := r.running("alice", 100)
 				r.token(p, broker.Want{})
 				for range 2 { // it may be said twice
-					if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+					if _, err := r.HubLogout(context.Background(), "main", "alice", false); err != nil {
 						t.Fatalf("HubLogout: %v", err)
 					}
 				}
-				if _, err := r.HubLogout(context.Background(), "main", "nobody"); err != nil {
+				if _, err := r.HubLogout(context.Background(), "main", "nobody", false); err != nil {
 					t.Errorf("HubLogout of a user without a grant: %v", err)
 				}
 				if revoked := len(r.provider.Revoked()) > 0; revoked != tt.revokes {
@@ -200,12 +281,47 @@ func TestLogoutAtTheHubDoesWhatTheHubIsConfiguredFor(t *testing.T) {
 	}
 }
 
+func TestWhomTheHubNoLongerAllowsGetsNoTokenWhateverALogoutDoes(t *testing.T) {
+	for _, on := range []broker.OnLogout{"", broker.Keep, broker.StopIssuing, broker.RevokeAll} {
+		t.Run(string(on), func(t *testing.T) {
+			inBubble(t, func(r *rig) {
+				handle := r.loggedIn("alice")
+				p := r.running("alice", 100)
+				r.token(p, broker.Want{})
+				w := r.watch(p, broker.Want{})
+				w.tells("token", time.Second)
+				for range 2 {
+					if _, err := r.HubLogout(context.Background(), "main", "alice", true); err != nil {
+						t.Fatalf("HubLogout: %v", err)
+					}
+				}
+				r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+				w.tells("login_required", time.Second)
+				if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || s.Active {
+					t.Errorf("the hub's session is %+v, %v", s, err)
+				}
+				if revoked := len(r.provider.Revoked()) > 0; revoked != (on == broker.RevokeAll) {
+					t.Errorf("revoked at the provider: %t", revoked)
+				}
+				if e := r.audit.entries(t, "logout")[0]; e.Reason != "the hub does not allow the user any more" || r.grant("alice").Reason != "not_allowed" {
+					t.Errorf("the audit says %+v, the grant %q", e, r.grant("alice").Reason)
+				}
+				time.Sleep(time.Second)
+				r.loggedIn("alice") // he is allowed again
+				w.tells("token", time.Second)
+				w.hangUp()
+				w.ends(nil, time.Second)
+			}, func(c *broker.Config) { c.Hubs["main"] = broker.Hub{Login: "keycloak", OnLogout: on} })
+		})
+	}
+}
+
 func TestLogoutDoesNotSoftenADisconnect(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")
 		p := r.running("alice", 100)
 		r.disconnect()
-		if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+		if _, err := r.HubLogout(context.Background(), "main", "alice", false); err != nil {
 			t.Fatal(err)
 		}
 		r.refused(p, broker.Want{}, broker.ErrRevoked)
@@ -219,7 +335,7 @@ func TestLogoutDuringARefresh(t *testing.T) {
 		p := r.running("alice", 100)
 		expire()
 		r.provider.Next(brokertest.Answer{Before: func() {
-			if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+			if _, err := r.HubLogout(context.Background(), "main", "alice", false); err != nil {
 				t.Error(err)
 			}
 		}})

@@ -79,7 +79,7 @@ func (g *Grant) refreshAhead(now time.Time, running []HostID) Outlook {
 	case g.Lease.Until.After(now):
 		return Outlook{Next: NextRefreshing, At: g.Lease.Until, Says: fmt.Sprintf("being refreshed by %s until %s at the latest",
 			cmp.Or(g.Lease.Host, "a broker"), clock(g.Lease.Until, now))}
-	case g.Mark.Rest.After(now):
+	case g.Mark.Rest.After(now) && !g.offRests():
 		return Outlook{Next: NextRetry, At: g.Mark.Rest, Says: "a refresh and its retry got no answer; the next one, not before " +
 			clock(g.Mark.Rest, now) + ", tells"}
 	case g.End.Fixed && g.Expires.After(now):
@@ -129,6 +129,9 @@ var refusals = reasons{
 	"reuse_detected":      "the provider saw a refresh token used twice and ended the session",
 	"lost_response":       "the provider's answer to a refresh was lost, and it does not take the old refresh token again (lost_response)",
 	"logged_out":          "the user has logged out of the hub",
+	"not_allowed":         "the hub does not allow the user any more",
+	"role_lost":           "the user has lost a role, and policy ends the session then (on_role_lost)",
+	"group_lost":          "the user has left a group of the hub, and policy ends the session then (on_role_lost)",
 	"store_lost":          "the store has lost the newest refresh token (store_lost)",
 	"subject_changed":     "the provider answered a refresh for another account",
 	"offline_not_allowed": "the account may not have offline access any more",

@@ -24,7 +24,12 @@ import (
 //
 // A provider that shows nothing without a refresh is not looked at: such a grant is
 // refreshed once it has not been for a while, so that there is a worst case for it,
-// too.
+// too. Its userinfo endpoint is not asked in place of that, though it would spend
+// nothing either: where the tokens have the roles that is another source, which may
+// name others, so that looks and refreshes would give and take the same right in
+// turn; and it may tell what the access token says (Dex does) or the login said, so
+// that a look would put off the refresh that shows the change. Nothing in the answer
+// tells which it is.
 const (
 	// RecheckWithin is how long a change of roles may go unseen at the worst: a
 	// role is taken away right after a look, the next look comes one round later,
@@ -181,9 +186,10 @@ func (b *Broker) LookNow(ctx context.Context, p ProviderID, sub, cause string) e
 		return err
 	}
 	return b.hints.do(ctx, subject{p, sub}, func(ctx context.Context) error {
-		var errs []error
-		for hub := range b.cfg.Hubs {
-			errs = append(errs, b.lookOnce(ctx, GrantKey{hub, p, sub}, cause))
+		keys, err := b.grantsAt(ctx, p, sub)
+		errs := []error{err}
+		for _, k := range keys {
+			errs = append(errs, b.lookOnce(ctx, k, cause))
 		}
 		return errors.Join(errs...)
 	})
@@ -217,6 +223,30 @@ func (b *Broker) LookAtAll(ctx context.Context, p ProviderID, cause string) erro
 	return nil
 }
 
+// grantsAt are the grants that a subject of p may have: at the hubs of this broker,
+// and at those that only others of the deployment are configured for, since who hints
+// tells one broker. For these the names of all grants are read, and no grant.
+func (b *Broker) grantsAt(ctx context.Context, p ProviderID, sub string) (keys []GrantKey, err error) {
+	for hub := range b.cfg.Hubs {
+		keys = append(keys, GrantKey{hub, p, sub})
+	}
+	members, err := b.cfg.Store.Members(ctx, grantsKey)
+	if err != nil {
+		return keys, storeError(err, grantsKey)
+	}
+	_, end, _ := strings.Cut(GrantKey{Provider: p, Sub: sub}.member(), `""`)
+	for _, m := range members {
+		if !strings.HasSuffix(m, end) { // to parse each would take a hundred times as long
+			continue
+		}
+		if k := parseGrantKey(m); k.Provider == p && k.Sub == sub && !slices.Contains(keys, k) {
+			keys = append(keys, k)
+		}
+	}
+	slices.SortFunc(keys, func(a, b GrantKey) int { return cmp.Compare(a.Hub, b.Hub) })
+	return keys, nil
+}
+
 // A subject is somebody at a provider.
 type subject struct {
 	provider ProviderID
@@ -228,6 +258,8 @@ func (b *Broker) lookOnce(ctx context.Context, k GrantKey, cause string) error {
 	l, id, err := b.lookAt(ctx, k)
 	var pe *ProviderError
 	switch {
+	case errors.Is(err, errMoved) && l.State == GrantDisabled:
+		return b.askAgain(ctx, l, cause)
 	case errors.Is(err, ErrAbsent), errors.Is(err, errMoved):
 		return nil
 	case errors.Is(err, errBusy), unsupported(err), err == nil && (!id.Known || len(id.Roles) == 0),
@@ -239,6 +271,23 @@ func (b *Broker) lookOnce(ctx context.Context, k GrantKey, cause string) error {
 	}
 	b.believe(ctx, l, canonical(k.Provider, id.Roles), cause)
 	return nil
+}
+
+// askAgain asks by a refresh, which spends nothing while the account is off, whether
+// it still is, without the rest that requests keep to: whoever hints may know that it
+// was switched on.
+func (b *Broker) askAgain(ctx context.Context, l looked, cause string) error {
+	_, err := b.changeGrant(ctx, l.Key, func(g *Grant, exists bool) error {
+		if !exists || !g.offRests() {
+			return errKeep
+		}
+		g.Mark = Mark{}
+		return nil
+	})
+	if err == nil {
+		b.confirm(ctx, l, cause)
+	}
+	return err
 }
 
 // spend refreshes l if it has not been refreshed for long, for then a role that was
@@ -363,7 +412,7 @@ func (b *Broker) confirm(ctx context.Context, l looked, why string) {
 	case err != nil:
 		return
 	}
-	if g, err := b.loadGrant(ctx, l.Key); err == nil && slices.Equal(g.Roles, l.Roles) {
+	if g, err := b.loadGrant(ctx, l.Key); err == nil && g.State == l.State && slices.Equal(g.Roles, l.Roles) {
 		b.cfg.Log.Warn("a refresh does not bear out what the provider told about a session; each recheck costs one while that is so",
 			"grant", l.Key, "why", why)
 	}

@@ -62,11 +62,16 @@ func (o OnLogout) ending() (ending, bool) {
 }
 
 // HubLogout says that user has logged out of the hub. What that does the hub's
-// OnLogout says. It may be said again.
-func (b *Broker) HubLogout(ctx context.Context, hub HubID, user UserID) (ref string, err error) {
+// OnLogout says. If it is the hub that doesn't allow him any more, he gets no token
+// before a login that it allows, whatever OnLogout says. It may be said again.
+func (b *Broker) HubLogout(ctx context.Context, hub HubID, user UserID, notAllowed bool) (ref string, err error) {
 	e := b.entry("logout", nil)
 	e.Hub, e.User = hub, user
 	how, ends := b.cfg.Hubs[hub].OnLogout.ending()
+	if notAllowed {
+		e.Reason = "the hub does not allow the user any more"
+		how.reason, ends = "not_allowed", true
+	}
 	err = checkUser(user)
 	if ends && err == nil {
 		_, err = b.disconnect(ctx, hub, user, "", how, e)
@@ -282,12 +287,7 @@ func (b *Broker) rightsMoved(ctx context.Context, was, is Grant, cause string) e
 		return err
 	}
 	b.recordRoles(ctx, was, is, cause)
-	if err := b.revokeUnallowed(ctx, is.Key.Hub, is.User); err != nil {
-		b.cfg.Log.Error("tokens of roles that were lost can't be revoked; they work until they end", "grant", is.Key, "err", err)
-	}
-	if err := b.roleLost(ctx, was, is); err != nil {
-		b.cfg.Log.Error("what policy wants done about a lost role can't be done", "grant", is.Key, "err", err)
-	}
+	b.afterChange(ctx, userKey{is.Key.Hub, is.User}, rights{roles: was.Roles})
 	return nil
 }
 
