@@ -34,5 +34,8 @@ func (*Docker) Watch(context.Context, func(container string)) error { return err
 // Check implements broker.Attestor.
 func (*Docker) Check(context.Context) (string, error) { return "", errNotLinux }
 
+// Worth implements broker.Attestor.
+func (*Docker) Worth(level string) (now, why string) { return level, "" }
+
 // Close does nothing.
 func (*Docker) Close() error { return nil }

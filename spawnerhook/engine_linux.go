@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -43,6 +44,19 @@ type engineInfo struct {
 	podman, rootless, userns bool
 }
 
+// oldestAPI is that of Docker 20.10.
+const oldestAPI = 41 // 1.41
+
+var errTooOld = errors.New("this Docker is too old: 20.10 or newer is needed")
+
+// tooOld says whether an engine speaks nothing as new as oldestAPI. A version that
+// can't be read is left to the negotiation.
+func tooOld(version string) bool {
+	minor, ok := strings.CutPrefix(version, "1.")
+	n, err := strconv.Atoi(minor)
+	return ok && err == nil && n < oldestAPI
+}
+
 var errNoContainer = errors.New("there is no such container")
 
 // connect agrees on an API version, again if it was agreed before: the engine may
@@ -57,7 +71,11 @@ func (e *engine) connect(ctx context.Context) (*client.Client, error) {
 	}
 	// Without this the client would hide a refused negotiation and go on with
 	// its newest version.
-	if _, err := api.Ping(ctx, client.PingOptions{NegotiateAPIVersion: true}); err != nil {
+	p, err := api.Ping(ctx, client.PingOptions{NegotiateAPIVersion: true})
+	if tooOld(p.APIVersion) {
+		err = fmt.Errorf("%w: it speaks API version %s", errTooOld, p.APIVersion)
+	}
+	if err != nil {
 		api.Close()
 		return nil, err
 	}
@@ -145,13 +163,46 @@ func stateOf(c container.InspectResponse) (containerState, error) {
 		PID:       int32(s.Pid),
 		StartedAt: started,
 		Running:   s.Running && !s.Paused && !s.Restarting && !s.Dead && s.Pid > 0,
-		posture: posture{
-			Privileged:  c.HostConfig.Privileged,
-			PidMode:     string(c.HostConfig.PidMode),
-			NetworkMode: string(c.HostConfig.NetworkMode),
-			CapAdd:      c.HostConfig.CapAdd,
-		},
+		posture:   postureOf(c.HostConfig),
 	}, nil
+}
+
+// postureOf takes from a configuration what bears on identity.
+func postureOf(h *container.HostConfig) posture {
+	p := posture{
+		Privileged: h.Privileged, PidMode: string(h.PidMode), NetworkMode: string(h.NetworkMode), IpcMode: string(h.IpcMode),
+		UsernsMode: string(h.UsernsMode), CgroupnsMode: string(h.CgroupnsMode), Runtime: h.Runtime,
+		CapAdd: h.CapAdd, SecurityOpt: h.SecurityOpt, MaskedPaths: h.MaskedPaths, ReadonlyPaths: h.ReadonlyPaths,
+		DeviceCgroupRules: h.DeviceCgroupRules,
+	}
+	for _, d := range h.Devices {
+		p.Devices = append(p.Devices, d.PathOnHost)
+	}
+	return p
+}
+
+// list returns the names of the containers that run.
+func (e *engine) list(ctx context.Context) ([]string, error) {
+	api, err := e.connected(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	r, err := api.ContainerList(ctx, client.ContainerListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, c := range r.Items {
+		for _, name := range c.Names { // others are links, as in /web/db
+			if name = strings.TrimPrefix(name, "/"); !strings.Contains(name, "/") {
+				names = append(names, name)
+				break
+			}
+		}
+	}
+	return names, nil
 }
 
 // fullID says whether s is a container's ID as cgroup paths carry it.

@@ -1,5 +1,7 @@
 package spawnerhook
 
+import "context"
+
 // What the tests see of the parsers, and of what decides.
 
 type (
@@ -9,15 +11,24 @@ type (
 )
 
 var (
-	ParseCgroups    = parseCgroups
-	OwnCgroups      = ownCgroups
-	SameCgroups     = sameCgroups
-	ParseMountinfo  = parseMountinfo
-	MountAt         = mountAt
-	MountWeaknesses = mountWeaknesses
-	DirectoryFault  = directoryFault
-	ParseStart      = parseStart
+	ParseCgroups   = parseCgroups
+	OwnCgroups     = ownCgroups
+	SameCgroups    = sameCgroups
+	ParseMountinfo = parseMountinfo
+	MountAt        = mountAt
+	DirectoryFault = directoryFault
+	ParseStart     = parseStart
 )
+
+// LookAround is what the first Bind does before it binds.
+func (d *Docker) LookAround(ctx context.Context) error { return d.lookAroundOnce(ctx) }
+
+// Found lists the names of what is found in mounts on a host whose root is known.
+func Found(mounts []Mount, root Place, sockets []Place) []Finding {
+	e := &evidence{mounts: mounts, host: host{root: root, sockets: sockets}}
+	e.MaskedPaths, e.ReadonlyPaths = []string{"/proc/kcore"}, []string{"/proc/sys"}
+	return e.findings(nil)
+}
 
 func NewPlace(device, path string) Place { return place{device, path} }
 

@@ -37,20 +37,26 @@ type lab struct {
 	log    *logBuffer
 }
 
-func newLab(t *testing.T) *lab {
+func newLab(t *testing.T, edit ...func(*spawnerhook.DockerConfig)) *lab {
 	t.Helper()
 	l := &lab{engine: brokertest.NewEngine(t), dir: t.TempDir(), proc: t.TempDir(), log: &logBuffer{}}
-	var err error
-	l.docker, err = spawnerhook.NewDocker(spawnerhook.DockerConfig{
+	cfg := spawnerhook.DockerConfig{
 		Socket:    l.engine.Socket,
 		Directory: func(broker.ServerKey) (string, error) { return l.dir, nil },
 		Log:       slog.New(slog.NewTextHandler(l.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		ProcRoot:  l.proc,
-	})
-	if err != nil {
+	}
+	for _, e := range edit {
+		e(&cfg)
+	}
+	var err error
+	if l.docker, err = spawnerhook.NewDocker(cfg); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.docker.Close() })
+	if err := l.docker.LookAround(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	return l
 }
 

@@ -135,7 +135,8 @@ func (e *Engine) OnInspect(f func(name string)) { e.locked(func() { e.onInspect 
 func (e *Engine) Create(t testing.TB, name string, inspect []byte) string {
 	t.Helper()
 	if inspect == nil {
-		inspect = []byte(`{"Config": {"Image": "lab:1"}, "HostConfig": {"NetworkMode": "default"}, "State": {}}`)
+		inspect = []byte(`{"Config": {"Image": "lab:1"}, "State": {}, "HostConfig": {
+			"NetworkMode": "default", "MaskedPaths": ["/proc/kcore"], "ReadonlyPaths": ["/proc/sys"]}}`)
 	}
 	c := &fakeContainer{}
 	if err := json.Unmarshal(inspect, &c.inspect); err != nil {
@@ -273,6 +274,7 @@ func (e *Engine) handler() http.Handler {
 	mux.HandleFunc("/_ping", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "OK") })
 	mux.HandleFunc("GET /{v}/version", e.version)
 	mux.HandleFunc("GET /{v}/info", e.info)
+	mux.HandleFunc("GET /{v}/containers/json", e.list)
 	mux.HandleFunc("GET /{v}/containers/{name}/json", e.inspect)
 	mux.HandleFunc("GET /{v}/events", e.stream)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -318,6 +320,19 @@ func (e *Engine) info(w http.ResponseWriter, _ *http.Request) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	json.NewEncoder(w).Encode(map[string]any{"ServerVersion": "20.10.24", "SecurityOptions": e.security})
+}
+
+// list answers with what runs, as Docker does if nothing else is asked for.
+func (e *Engine) list(w http.ResponseWriter, _ *http.Request) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	all := []map[string]any{}
+	for name, c := range e.containers {
+		if running, _ := c.inspect["State"].(map[string]any)["Running"].(bool); running {
+			all = append(all, map[string]any{"Id": c.id, "Names": []string{"/" + name}})
+		}
+	}
+	json.NewEncoder(w).Encode(all)
 }
 
 func (e *Engine) inspect(w http.ResponseWriter, r *http.Request) {
