@@ -201,13 +201,11 @@ func (b *Broker) untilEnd(s *server) {
 	b.hint(s.ContainerName)
 }
 
-// hangUp ends the connections that s's workload leaves behind. One that was handed
-// to a process elsewhere outlives the container, and one of the next run, which
-// may be here already, is left alone.
+// hangUp ends the connections that s's workload leaves behind, handed to processes
+// elsewhere. Its own processes are gone before its first one is, and those of the
+// next run, which may be here already, live.
 func (b *Broker) hangUp(s *server) {
-	b.cfg.Sockets.Hangup(s.Key, func(p *Peer) bool {
-		return p.attested.Load() == s.workload || b.cfg.Attestor.Alive(p) != nil
-	})
+	b.cfg.Sockets.Hangup(s.Key, func(p *Peer) bool { return b.cfg.Attestor.Alive(p) != nil })
 }
 
 func ended(w *Workload) bool {

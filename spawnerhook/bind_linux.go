@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
+	"strings"
 	"time"
 
 	"tokenbroker/broker"
@@ -164,11 +166,9 @@ func (d *Docker) judge(c containerState, v view, dir place) (posture []string, e
 	h := d.host()
 	h.own = dir
 	all := evidenceOf(c, v, h).findings(d.cfg.Posture)
-	if says := refusal(all); says != "" {
-		return nil, denied(c.Name, says)
-	}
-	if fault := directoryFault(v.mounts, dir); fault != "" {
-		return nil, denied(c.Name, fault)
+	faults := []string{directoryFault(v.mounts, dir), refusal(all)}
+	if faults = slices.DeleteFunc(faults, func(s string) bool { return s == "" }); len(faults) > 0 {
+		return nil, denied(c.Name, strings.Join(faults, "; "))
 	}
 	for _, f := range all {
 		posture = append(posture, f.Name)

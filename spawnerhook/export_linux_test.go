@@ -1,6 +1,9 @@
 package spawnerhook
 
-import "context"
+import (
+	"context"
+	"os"
+)
 
 // What the tests see of the parsers, and of what decides.
 
@@ -28,6 +31,17 @@ func Found(mounts []Mount, root Place, sockets []Place) []Finding {
 	e := &evidence{mounts: mounts, host: host{root: root, sockets: sockets}}
 	e.MaskedPaths, e.ReadonlyPaths = []string{"/proc/kcore"}, []string{"/proc/sys"}
 	return e.findings(nil)
+}
+
+// TellsCgroups says whether this kernel tells a process's cgroup by number.
+func TellsCgroups() bool {
+	self, err := openPidfd(int32(os.Getpid()))
+	if err != nil {
+		return false
+	}
+	defer self.Close()
+	_, err = cgroupID(self)
+	return err == nil
 }
 
 func NewPlace(device, path string) Place { return place{device, path} }

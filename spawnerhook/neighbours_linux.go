@@ -30,29 +30,6 @@ type neighbours struct {
 // maxLooks is how many containers are looked at at once.
 const maxLooks = 4
 
-// A Container is one that runs, and what its posture gives away.
-type Container struct {
-	Name     string    `json:"name"`
-	Server   bool      `json:"server"` // it mounts a directory at MountPoint
-	Findings []Finding `json:"findings"`
-}
-
-// Refused says whether it would get no tokens.
-func (c Container) Refused() bool {
-	return slices.ContainsFunc(c.Findings, func(f Finding) bool { return f.Verdict == Refuse })
-}
-
-// Forges says in words what a process in it could forge proofs by. Empty: nothing.
-func (c Container) Forges() string {
-	var says []string
-	for _, f := range c.Findings {
-		if f.Forges {
-			says = append(says, f.Says)
-		}
-	}
-	return strings.Join(says, "; ")
-}
-
 // Containers looks at all containers that run, sorted by name.
 func (d *Docker) Containers(ctx context.Context) ([]Container, error) {
 	names, err := d.engine.list(ctx)

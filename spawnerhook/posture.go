@@ -31,6 +31,29 @@ type Finding struct {
 	Forges  bool    `json:"forges,omitempty"` // a process in it can pass for one of another container
 }
 
+// A Container is one that runs, and what its posture gives away.
+type Container struct {
+	Name     string    `json:"name"`
+	Server   bool      `json:"server"` // it mounts a directory at MountPoint
+	Findings []Finding `json:"findings"`
+}
+
+// Refused says whether it would get no tokens.
+func (c Container) Refused() bool {
+	return slices.ContainsFunc(c.Findings, func(f Finding) bool { return f.Verdict == Refuse })
+}
+
+// Forges says in words what a process in it could forge proofs by. Empty: nothing.
+func (c Container) Forges() string {
+	var says []string
+	for _, f := range c.Findings {
+		if f.Forges {
+			says = append(says, f.Says)
+		}
+	}
+	return strings.Join(says, "; ")
+}
+
 // FindingNames are the names of all findings, in the order of the table.
 func FindingNames() []string {
 	var names []string

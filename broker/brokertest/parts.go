@@ -38,6 +38,16 @@ func NewAttestor() *Attestor {
 	return &Attestor{running: make(map[string]*container), gone: make(map[int32]bool), refuse: make(map[string]error)}
 }
 
+// Hint says that something has happened to the container called name.
+func (a *Attestor) Hint(name string) {
+	a.mu.Lock()
+	changed := a.changed
+	a.mu.Unlock()
+	if changed != nil {
+		changed(name)
+	}
+}
+
 // Run starts the container called name, with processes of these PIDs.
 func (a *Attestor) Run(name string, pids ...int32) {
 	a.mu.Lock()
@@ -46,11 +56,8 @@ func (a *Attestor) Run(name string, pids ...int32) {
 		workload: &broker.Workload{Container: fmt.Sprintf("%064x", pids[0]), Name: name, Image: "lab:1", PID: pids[0], Level: "pidfd+ns", Done: done},
 		pids:     pids, done: done,
 	}
-	changed := a.changed
 	a.mu.Unlock()
-	if changed != nil {
-		changed(name)
-	}
+	a.Hint(name)
 }
 
 // Stop ends the container called name and all of its processes.
