@@ -59,6 +59,9 @@ func tooOld(version string) bool {
 
 var errNoContainer = errors.New("there is no such container")
 
+// errOddAnswer: Docker answers, but not with what a container has.
+var errOddAnswer = errors.New("docker's answer can't be used")
+
 // connect agrees on an API version, again if it was agreed before: the engine may
 // be another one than yesterday.
 func (e *engine) connect(ctx context.Context) (*client.Client, error) {
@@ -149,11 +152,11 @@ func (e *engine) inspect(ctx context.Context, name string) (containerState, erro
 // stateOf takes what we need from an answer.
 func stateOf(c container.InspectResponse) (containerState, error) {
 	if c.State == nil || c.HostConfig == nil || c.Config == nil || !fullID(c.ID) {
-		return containerState{}, fmt.Errorf("docker's answer on container %q lacks its state, configuration or ID", c.Name)
+		return containerState{}, fmt.Errorf("%w on container %q: it lacks its state, configuration or ID", errOddAnswer, c.Name)
 	}
 	started, err := time.Parse(time.RFC3339Nano, c.State.StartedAt)
 	if err != nil {
-		return containerState{}, fmt.Errorf("start of container %q: %w", c.Name, err)
+		return containerState{}, fmt.Errorf("%w on container %q: %w", errOddAnswer, c.Name, err)
 	}
 	s := c.State
 	return containerState{

@@ -49,7 +49,7 @@ func (d *Docker) Containers(ctx context.Context) ([]Container, error) {
 			defer func() { <-slots }()
 			var err error
 			if all[i], err = d.posture(ctx, name, h); err != nil {
-				stop(err) // an engine that hangs would do so for each
+				stop(err) // it would be the same for each
 			}
 		})
 	}
@@ -66,22 +66,19 @@ func (d *Docker) Containers(ctx context.Context) ([]Container, error) {
 	return running, nil
 }
 
-// posture looks at one container. It returns nil if it has ended meanwhile or
-// can't be looked at, and an error if Docker is slow to answer.
+// posture looks at one container. It returns nil if it has ended meanwhile or is
+// none that could be looked at, and an error if Docker can't be asked.
 func (d *Docker) posture(ctx context.Context, name string, h host) (*Container, error) {
 	c, err := d.engine.inspect(ctx, name)
 	switch {
-	case errors.Is(err, errNoContainer) || err == nil && c.PID <= 0:
+	case errors.Is(err, errNoContainer) || errors.Is(err, errOddAnswer) || err == nil && c.PID <= 0:
 		return nil, nil
-	case errors.Is(err, context.DeadlineExceeded):
+	case err != nil:
 		return nil, err
 	}
-	var v view
-	if err == nil {
-		v, err = d.view(c.PID)
-	}
+	v, err := d.view(c.PID)
 	if err != nil {
-		d.log.Warn("can't look at a container", "container", name, "err", err)
+		d.log.Debug("can't look at a container", "container", name, "err", err)
 		return nil, nil
 	}
 	m, server := mountAt(v.mounts, MountPoint)
@@ -125,25 +122,23 @@ func (d *Docker) lookAround(ctx context.Context) error {
 }
 
 // lookAroundFor follows a hint that something has happened to a container; an
-// empty name means all.
-func (d *Docker) lookAroundFor(ctx context.Context, name string) {
+// empty name means all. Until Docker can be asked all is as it was.
+func (d *Docker) lookAroundFor(ctx context.Context, name string) error {
 	d.around.round.Lock()
 	defer d.around.round.Unlock()
 	if name == "" {
-		if err := d.lookAround(ctx); err != nil && ctx.Err() == nil {
-			d.log.Warn("can't look at the containers on this host", "err", err)
-		}
-		return
+		return d.lookAround(ctx)
 	}
 	c, err := d.posture(ctx, name, d.host())
 	if err != nil {
-		return // it is as it was, as far as we know
+		return err
 	}
 	by := ""
 	if c != nil {
 		by = c.Forges()
 	}
 	d.neighbour(name, by)
+	return nil
 }
 
 // neighbour notes by what a container could forge proofs, and says so once.

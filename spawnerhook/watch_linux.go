@@ -25,7 +25,15 @@ func (d *Docker) Watch(ctx context.Context, changed func(container string)) erro
 			around.add(name)
 		})
 	})
-	readers.Go(func() { _ = around.each(ctx, func(name string) { d.lookAroundFor(ctx, name) }) })
+	readers.Go(func() {
+		_ = around.each(ctx, func(name string) {
+			err := d.lookAroundFor(ctx, name)
+			if err != nil && pause(ctx, lastPause) == nil {
+				d.log.Warn("can't look at the containers on this host; trying again", "err", err)
+				around.add(name)
+			}
+		})
+	})
 	defer readers.Wait()
 	return q.each(ctx, changed)
 }

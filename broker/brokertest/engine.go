@@ -37,6 +37,7 @@ type Engine struct {
 	onInspect  func(name string)
 	server     *http.Server
 	down       chan struct{} // closed when the server goes down
+	served     chan struct{} // closed when the server has ended
 }
 
 // A fakeContainer is a container's inspect answer.
@@ -100,20 +101,25 @@ func (e *Engine) Up() error {
 	defer e.mu.Unlock()
 	e.events, e.streams = nil, map[*engineStream]bool{}
 	e.down = make(chan struct{})
-	e.server = &http.Server{Handler: e.handler()}
-	go e.server.Serve(l)
+	server, served := &http.Server{Handler: e.handler()}, make(chan struct{})
+	e.server, e.served = server, served
+	go func() {
+		defer close(served)
+		server.Serve(l)
+	}()
 	return nil
 }
 
 // Down ends all connections and removes the socket. It forgets the events.
 func (e *Engine) Down() {
 	e.mu.Lock()
-	server, down := e.server, e.down
+	server, down, served := e.server, e.down, e.served
 	e.server = nil
 	e.mu.Unlock()
 	if server != nil {
 		close(down)
 		server.Close()
+		<-served // or it would remove the socket of the next one
 	}
 }
 
