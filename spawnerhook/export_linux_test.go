@@ -44,6 +44,15 @@ func TellsCgroups() bool {
 	return err == nil
 }
 
+// Defaults are the verdicts where the configuration says nothing.
+func Defaults() Posture {
+	p := Posture{}
+	for _, w := range weaknesses {
+		p[w.name] = w.verdict
+	}
+	return p
+}
+
 func NewPlace(device, path string) Place { return place{device, path} }
 
 // Locate is how the attestor finds a directory.
