@@ -85,7 +85,7 @@ func (b *Broker) onlyOne(k ServerKey, w *Workload) error {
 		return nil
 	}
 	other := b.servers.find(func(s *server) bool {
-		return s.Key != k && s.workload != nil && !ended(s.workload) && overlap(s.workload, w)
+		return s.Key != k && s.workload != nil && overlap(s.workload, w)
 	})
 	if other == nil {
 		return nil

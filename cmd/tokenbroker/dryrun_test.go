@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
+	"log/slog"
 	"os"
 	"runtime"
 	"strings"
@@ -10,6 +12,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"tokenbroker/broker"
 	"tokenbroker/broker/brokertest"
 	"tokenbroker/spawnerhook"
 )
@@ -78,5 +81,33 @@ func TestADryRunAsksDockerWithoutABroker(t *testing.T) {
 	engine.SpeakAPI("1.39")
 	if code, _, errs := dryRun(); code == 0 || !strings.Contains(errs, "20.10 or newer is needed") {
 		t.Errorf("an old engine: exit code %d, %s", code, errs)
+	}
+}
+
+func TestABrokerStartsWithoutDockerButNotOnAnotherEngine(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("there is no attestation by Docker here")
+	}
+	engine := brokertest.NewEngine(t)
+	cfg, err := load(site(t, minimal+"servers: {docker: {socket: "+engine.Socket+"}}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := slog.New(slog.DiscardHandler)
+	a, err := openAttestor(cfg, func(broker.ServerKey) (string, error) { return "", nil }, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer a.Close()
+	if err := checkEngine(t.Context(), a, log); err != nil {
+		t.Errorf("with Docker: %v", err)
+	}
+	engine.Be([]string{"Podman Engine"}, nil)
+	if err := checkEngine(t.Context(), a, log); !errors.Is(err, broker.ErrDenied) || !strings.Contains(err.Error(), "Podman") {
+		t.Errorf("with Podman: %v", err)
+	}
+	engine.Down()
+	if err := checkEngine(t.Context(), a, log); err != nil {
+		t.Errorf("without Docker: %v", err)
 	}
 }
