@@ -37,8 +37,14 @@ type Attestor interface {
 	Watch(ctx context.Context, changed func(container string)) error
 
 	// Check says whether the engine can be asked. The string is the best level
-	// of attestation this host gives: pidfd+ns, pidfd, proc or uid.
+	// of attestation this host gives: pidfd+ns, pidfd, proc or uid. ErrDenied
+	// says that it is an engine of a kind that can't be believed.
 	Check(ctx context.Context) (level string, err error)
+
+	// Worth says what proofs of a level are worth on this host now, and why that
+	// is less: while a container runs here that could forge them, Lowered. It
+	// asks nobody.
+	Worth(level string) (now, why string)
 }
 
 // levels of attestation, the weakest first: by the caller's uid, by its cgroups,
@@ -47,6 +53,11 @@ var levels = []string{"uid", "proc", "pidfd", "pidfd+ns"}
 
 // Levels are the levels of attestation, the weakest first.
 func Levels() []string { return slices.Clone(levels) }
+
+// Lowered is the level below.
+func Lowered(level string) string {
+	return levels[max(0, slices.Index(levels, level)-1)]
+}
 
 // reaches says whether level is need or better. No need is always met, and one
 // that is none of levels never.
@@ -90,12 +101,15 @@ type Workload struct {
 	// Cgroups is the exact path per hierarchy, keyed as in the second field of
 	// /proc/PID/cgroup, only lines that end in the container's own full ID.
 	Cgroups map[string]string
+	// CgroupID is the kernel's number of the cgroup at Cgroups[""]; 0 where it
+	// tells none.
+	CgroupID uint64
 	// PIDNamespace and MountNamespace are inodes; 0 where the broker may not
 	// read them.
 	PIDNamespace, MountNamespace uint64
 
-	Level   string   // one of Levels
-	Posture []string // weaknesses found that the configuration allows, by name
+	Level   string   // one of Levels, by what was read; what it is worth, Worth says
+	Posture []string // weaknesses found that the configuration lets pass, by name
 
 	// Done is closed when the init process has ended. Nil: nobody watches.
 	Done <-chan struct{}

@@ -77,17 +77,36 @@ func (b *Broker) bind(ctx context.Context, k ServerKey) (*server, error) {
 	return b.nowBound(ctx, next)
 }
 
-// onlyOne refuses a container that another server is bound to: then one of the
-// two hubs, or somebody with Docker's socket, is playing tricks.
+// onlyOne refuses what another server is bound to, by its container or by any of
+// its cgroups: then one of the two hubs, or somebody with Docker's socket, is
+// playing tricks, and a caller could be either's.
 func (b *Broker) onlyOne(k ServerKey, w *Workload) error {
 	if w.Container == "" {
 		return nil
 	}
-	other := b.servers.find(func(s *server) bool { return s.Key != k && s.State == Bound && s.Container == w.Container })
+	other := b.servers.find(func(s *server) bool {
+		return s.Key != k && s.workload != nil && overlap(s.workload, w)
+	})
 	if other == nil {
 		return nil
 	}
-	return Errorf(Denied, "the container %s is already bound to the %s", w.Name, other.Key)
+	if other.Container == w.Container {
+		return Errorf(Denied, "the container %s is already bound to the %s", w.Name, other.Key)
+	}
+	return Errorf(Denied, "the container %s is in a cgroup of the %s's", w.Name, other.Key)
+}
+
+// overlap says whether a process could be in both.
+func overlap(a, b *Workload) bool {
+	if a.Container == b.Container || a.CgroupID != 0 && a.CgroupID == b.CgroupID {
+		return true
+	}
+	for hierarchy, path := range a.Cgroups {
+		if b.Cgroups[hierarchy] == path {
+			return true
+		}
+	}
+	return false
 }
 
 // nowBound records the bind, makes it known and waits for its end.
@@ -175,10 +194,18 @@ func (b *Broker) untilEnd(s *server) {
 	if !ok {
 		return
 	}
+	b.hangUp(s)
 	ctx := context.Background()
 	_ = b.record(ctx, b.serverEntry("stopped", s), nil) // nothing is answered for it; record has logged why
 	b.storeState(ctx, next)
 	b.hint(s.ContainerName)
+}
+
+// hangUp ends the connections that s's workload leaves behind, handed to processes
+// elsewhere. Its own processes are gone before its first one is, and those of the
+// next run, which may be here already, live.
+func (b *Broker) hangUp(s *server) {
+	b.cfg.Sockets.Hangup(s.Key, func(p *Peer) bool { return b.cfg.Attestor.Alive(p) != nil })
 }
 
 func ended(w *Workload) bool {

@@ -280,7 +280,7 @@ func (b *Broker) Status(ctx context.Context) Status {
 	asked.Go(func() { s.Store = partStatus("store", "ok", b.cfg.Store.Check(ctx)) })
 	asked.Go(func() {
 		level, err := b.cfg.Attestor.Check(ctx)
-		s.Attestation = partStatus("attestation", level, err)
+		s.Attestation = partStatus("attestation", b.worth(level), err)
 	})
 	for i, id := range b.providerNames() {
 		asked.Go(func() { s.Providers[i] = partStatus(string(id), "ok", b.providers[id].Check(ctx)) })
@@ -290,6 +290,15 @@ func (b *Broker) Status(ctx context.Context) Status {
 		s.Registrations[r.State]++
 	}
 	return s
+}
+
+// worth says in words what proofs of a level are worth here.
+func (b *Broker) worth(level string) string {
+	now, why := b.cfg.Attestor.Worth(level)
+	if why == "" {
+		return now
+	}
+	return fmt.Sprintf("%s, not %s: %s", now, level, why)
 }
 
 func partStatus(name, fine string, err error) PartStatus {

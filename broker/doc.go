@@ -108,6 +108,7 @@
 //	memory, rolewatch    id of an event → it was followed        the next whole poll, of a minute  it hides another event
 //	memory, pulse        revision and time of the store          250 ms; a note of a move       the host's clock is used instead
 //	disk, journal        grant → counters, roles, sealed Grant   the store has it for sure      two processes write it
+//	memory, neighbours   container → what it could forge by      something happens to it        it ran before the first bind and is not in it
 //	memory, Peer         connection → workload it attested as    the workload is another        it is kept past its connection
 //	store, grant         hub, provider, sub → Grant              for ever                       it opens at another key
 //	store, handle        fingerprint → grant or pending login    400 days; pending: 10 minutes  a tombstone leaves it good

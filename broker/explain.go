@@ -118,7 +118,7 @@ func (b *Broker) imagined(ctx context.Context, x *Explanation) *server {
 
 // wouldAnswer walks the line for s and returns what would refuse the request.
 func (b *Broker) wouldAnswer(ctx context.Context, x *Explanation, v *view, s *server) (refusal, err error) {
-	f := v.facts(s, x.Want.Provider)
+	f := b.facts(v, s, x.Want.Provider)
 	g, d, refusal := b.decide(v, f, x.Want)
 	x.decided(b.cfg.Rules, f, d)
 	if g.Key != (GrantKey{}) {

@@ -136,10 +136,11 @@ func (v *view) state(p ProviderID) GrantState {
 }
 
 // facts is what policy decides on.
-func (v *view) facts(s *server, wanted ProviderID) Facts {
+func (b *Broker) facts(v *view, s *server, wanted ProviderID) Facts {
 	f := Facts{Server: s.Key, Roles: v.roles(wanted), Groups: v.groups, Shared: s.Shared}
 	if s.workload != nil {
-		f.Image, f.Level = s.workload.Image, s.workload.Level
+		f.Image = s.workload.Image
+		f.Level, _ = b.cfg.Attestor.Worth(s.workload.Level)
 	}
 	return f
 }

@@ -15,6 +15,10 @@ type Sockets interface {
 	// mounts it sees the new socket. Opening an open one is no error.
 	Open(k ServerKey) error
 
+	// Hangup ends those connections of k whose peer is meant, and goes on
+	// listening.
+	Hangup(k ServerKey, meant func(*Peer) bool)
+
 	// Close stops listening and ends the connections of k. The directory
 	// stays: a kept container mounts its inode, not its name. Closing what is
 	// not open is no error.

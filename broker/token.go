@@ -116,14 +116,15 @@ func (b *Broker) once(ctx context.Context, p *Peer, want Want, e *Entry) (a answ
 		return a, err
 	}
 	w := a.server.workload
-	e.Container, e.Level, e.Posture = w.Container, w.Level, w.Posture
+	e.Container, e.Posture = w.Container, w.Posture
+	e.Level, _ = b.cfg.Attestor.Worth(w.Level)
 	if a.view, err = b.match(ctx, p.Server.Hub, p.Server.User); err != nil {
 		return a, err
 	}
 	if err := a.view.admits(&a.server.Registration); err != nil {
 		return a, err
 	}
-	g, d, err := b.decide(a.view, a.view.facts(a.server, want.Provider), want)
+	g, d, err := b.decide(a.view, b.facts(a.view, a.server, want.Provider), want)
 	if err != nil {
 		return a, err
 	}
@@ -316,7 +317,8 @@ func (b *Broker) providersOf(ctx context.Context, p *Peer, e *Entry) ([]Provider
 	if err != nil {
 		return nil, err
 	}
-	e.Container, e.Level = s.workload.Container, s.workload.Level
+	e.Container, e.Posture = s.workload.Container, s.workload.Posture
+	e.Level, _ = b.cfg.Attestor.Worth(s.workload.Level)
 	v, err := b.match(ctx, p.Server.Hub, p.Server.User)
 	if err == nil {
 		err = v.admits(&s.Registration)
@@ -326,7 +328,7 @@ func (b *Broker) providersOf(ctx context.Context, p *Peer, e *Entry) ([]Provider
 	}
 	var all []ProviderStatus
 	for _, id := range b.providerNames() {
-		f := v.facts(s, id)
+		f := b.facts(v, s, id)
 		if !offered(b.cfg.Rules, f, id) {
 			continue
 		}

@@ -27,6 +27,9 @@ func (d *Docker) Attest(p *broker.Peer, w *broker.Workload) error {
 	if err != nil {
 		return elsewhere(err)
 	}
+	if err := sameCgroupID(p, w); err != nil {
+		return elsewhere(err)
+	}
 	sandboxed := d.sameNamespaces(p.PID, w)
 	if err := peerAlive(p, d.proc); err != nil {
 		return elsewhere(fmt.Errorf("peer: %w", err))
@@ -44,6 +47,22 @@ func (d *Docker) Attest(p *broker.Peer, w *broker.Workload) error {
 func (d *Docker) Alive(p *broker.Peer) error {
 	if err := peerAlive(p, d.proc); err != nil {
 		return hasEnded(err)
+	}
+	return nil
+}
+
+// sameCgroupID asks the kernel once more where the peer is, by no number that
+// could be another's by now.
+func sameCgroupID(p *broker.Peer, w *broker.Workload) error {
+	if w.CgroupID == 0 || p.Pidfd == nil {
+		return nil
+	}
+	id, err := cgroupID(p.Pidfd)
+	if err != nil {
+		return fmt.Errorf("peer: %w", err)
+	}
+	if id != w.CgroupID {
+		return fmt.Errorf("the process is in the cgroup with number %d, the container in %d", id, w.CgroupID)
 	}
 	return nil
 }

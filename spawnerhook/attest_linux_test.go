@@ -85,6 +85,23 @@ func TestAZombieIsNotAttested(t *testing.T) {
 	wantAttested(t, l.docker.Alive(caller), "has ended")
 }
 
+// The kernel says it of the process itself, whatever a file under its number says.
+func TestThePeersCgroupIsAskedByNumberToo(t *testing.T) {
+	l := newLab(t)
+	p := l.running(t, nil)
+	w := l.bound(t)
+	if w.CgroupID == 0 {
+		t.Skip("this kernel tells no cgroup's number")
+	}
+	elsewhere := *w
+	elsewhere.CgroupID++
+	wantAttested(t, l.docker.Attest(peer(t, p.pid), w), "")
+	wantAttested(t, l.docker.Attest(peer(t, p.pid), &elsewhere), "cgroup with number")
+	unknown := *w
+	unknown.CgroupID = 0
+	wantAttested(t, l.docker.Attest(peer(t, p.pid), &unknown), "")
+}
+
 func TestWithoutPidfdTheStartTimeTellsProcessesApart(t *testing.T) {
 	l := newLab(t)
 	l.running(t, nil)

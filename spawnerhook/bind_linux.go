@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 
@@ -44,6 +45,10 @@ func (d *Docker) Bind(ctx context.Context, r broker.Registration) (*broker.Workl
 	if err != nil {
 		return nil, fmt.Errorf("directory of %v: %w", r.Key, err)
 	}
+	// Before the first workload has a level, what would lower it is known.
+	if err := d.lookAroundOnce(ctx); err != nil {
+		return nil, unavailable(err)
+	}
 	for _, p := range pauses {
 		w, err := d.look(ctx, r.ContainerName, dir)
 		if !errors.Is(err, errRaced) && !errors.Is(err, errNoOwnCgroup) {
@@ -70,33 +75,46 @@ func (d *Docker) look(ctx context.Context, name string, dir place) (*broker.Work
 	if err != nil {
 		return nil, err
 	}
-	if found := before.weaknesses(); len(found) > 0 {
-		return nil, denied(name, found...)
-	}
 	init, err := openPidfd(before.PID)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errRaced, err)
 	}
-	v, err := d.view(before.PID)
-	if err == nil {
-		err = alive(init)
-	}
-	if err != nil {
-		init.Close()
-		return nil, fmt.Errorf("%w: %w", errRaced, err)
-	}
-	after, err := d.running(ctx, name)
-	if err == nil && after.instance() != before.instance() {
-		err = errRaced
-	}
-	if err == nil {
-		err = v.judge(after, dir, d.dockerSockets())
-	}
+	w, err := d.lookAt(ctx, before, init, dir)
 	if err != nil {
 		init.Close()
 		return nil, err
 	}
-	return d.workload(after, v, init)
+	held, err := d.hold(before.instance(), init)
+	if err != nil {
+		return nil, err
+	}
+	w.Init, w.Done = held.pidfd, held.done
+	return w, nil
+}
+
+// lookAt asks the kernel about a container's init, and Docker once more.
+func (d *Docker) lookAt(ctx context.Context, before containerState, init *os.File, dir place) (*broker.Workload, error) {
+	v, err := d.view(before.PID)
+	var id uint64
+	if err == nil {
+		id, err = d.cgroupID(init, ownCgroups(v.cgroups, before.ID))
+	}
+	if err == nil {
+		err = alive(init)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errRaced, err)
+	}
+	after, err := d.running(ctx, before.Name)
+	if err != nil {
+		return nil, err
+	}
+	if after.instance() != before.instance() {
+		return nil, errRaced
+	}
+	w := d.workload(after, v, id)
+	w.Posture, err = d.judge(after, v, dir)
+	return w, err
 }
 
 // running returns the container of that name if it runs.
@@ -138,54 +156,71 @@ func (d *Docker) view(pid int32) (v view, err error) {
 	return v, err
 }
 
-// judge says whether the container that was seen may be bound. The cgroups come
-// first: where they are not the container's own it may be ending, and what else
-// was seen means nothing.
-func (v view) judge(c containerState, dir place, sockets []place) error {
+// judge says whether the container that was seen may be bound, and what lets it
+// pass. The cgroups come first: where they are not the container's own it may be
+// ending, and what else was seen means nothing.
+func (d *Docker) judge(c containerState, v view, dir place) (posture []string, err error) {
 	if len(ownCgroups(v.cgroups, c.ID)) == 0 {
-		return errNoOwnCgroup
+		return nil, errNoOwnCgroup
 	}
-	found := mountWeaknesses(v.mounts, sockets)
-	if fault := directoryFault(v.mounts, dir); fault != "" {
-		found = append(found, fault)
+	h := d.host()
+	h.own = dir
+	all := evidenceOf(c, v, h).findings(d.cfg.Posture)
+	faults := []string{directoryFault(v.mounts, dir), refusal(all)}
+	if faults = slices.DeleteFunc(faults, func(s string) bool { return s == "" }); len(faults) > 0 {
+		return nil, denied(c.Name, strings.Join(faults, "; "))
 	}
-	if len(found) > 0 {
-		return denied(c.Name, found...)
+	for _, f := range all {
+		posture = append(posture, f.Name)
+		if f.Verdict == Report {
+			d.log.Warn("a server's container has a weak posture", "container", c.Name, "finding", f.Name, "says", f.Says)
+		}
 	}
-	return nil
+	return posture, nil
+}
+
+// evidenceOf is what the table of weaknesses is asked about.
+func evidenceOf(c containerState, v view, h host) *evidence {
+	own := ownCgroups(v.cgroups, c.ID)
+	_, v2 := own[""]
+	return &evidence{posture: c.posture, mounts: v.mounts, v2: v2 && len(own) == 1, host: h}
+}
+
+// cgroupID returns the number of the container's cgroup, if it is in one of
+// version 2. The kernel says it of the process, and the file system of the path;
+// they must be one.
+func (d *Docker) cgroupID(init *os.File, own map[string]string) (uint64, error) {
+	path, ok := own[""]
+	if !ok {
+		return 0, nil
+	}
+	id, err := cgroupID(init)
+	if errors.Is(err, errNoCgroupID) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	if inode, ok := d.cgroupInode(path); ok && inode != id {
+		return 0, fmt.Errorf("the container's cgroup %s has number %d, its first process is in %d", path, inode, id)
+	}
+	return id, nil
 }
 
 // workload writes down what identifies the container.
-func (d *Docker) workload(c containerState, v view, pidfd *os.File) (*broker.Workload, error) {
-	init, err := d.hold(c.instance(), pidfd)
-	if err != nil {
-		return nil, err
-	}
+func (d *Docker) workload(c containerState, v view, cgroup uint64) *broker.Workload {
 	return &broker.Workload{
 		Container:      c.ID,
 		Name:           c.Name,
 		Image:          c.Image,
 		StartedAt:      c.StartedAt,
 		PID:            c.PID,
-		Init:           init.pidfd,
 		Cgroups:        ownCgroups(v.cgroups, c.ID),
+		CgroupID:       cgroup,
 		PIDNamespace:   v.pid,
 		MountNamespace: v.mnt,
 		Level:          d.level(v.mnt != 0),
-		Done:           init.done,
-	}, nil
-}
-
-// dockerSockets says where Docker's sockets are on this host. One that is not
-// there can't be in a container either.
-func (d *Docker) dockerSockets() []place {
-	var places []place
-	for _, name := range []string{d.cfg.Socket, DefaultSocket} {
-		if p, err := d.locator.locate(name); err == nil {
-			places = append(places, p)
-		}
 	}
-	return places
 }
 
 // pending says that it is worth looking again.
@@ -194,6 +229,6 @@ func pending(sentence string, cause error) error {
 }
 
 // denied says why a container gets no tokens.
-func denied(name string, found ...string) *broker.Error {
-	return broker.Errorf(broker.Denied, "container %s gets no tokens: %s", name, strings.Join(found, "; "))
+func denied(name, why string) *broker.Error {
+	return broker.Errorf(broker.Denied, "container %s gets no tokens: %s", name, why)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -79,37 +80,6 @@ func TestANameThatDockerTakesNotIsInvalid(t *testing.T) {
 		if w, err := l.docker.Bind(t.Context(), r); !errors.Is(err, broker.ErrInvalid) {
 			t.Errorf("Bind of %q: got %v, %v, want invalid", name, w, err)
 		}
-	}
-}
-
-func TestPosturesThatBreakIdentityAreRefusedByName(t *testing.T) {
-	plain := readTestdata(t, "e2010-inspect-default.json")
-	for _, tt := range []struct{ why, inspect, want string }{
-		{"20.10 privileged", readTestdata(t, "e2010-inspect-notstarted-privileged.json"), "privileged"},
-		{"v29 privileged", readTestdata(t, "e29-inspect-privileged.json"), "privileged"},
-		{"host PID", readTestdata(t, "e2010-inspect-pid-host.json"), "--pid=host"},
-		{"another container's PIDs", readTestdata(t, "e2010-inspect-pid-container.json"), "--pid=container"},
-		{"SYS_ADMIN", readTestdata(t, "e2010-inspect-capadd-sysadmin.json"), "SYS_ADMIN"},
-		{"SYS_ADMIN as typed", strings.Replace(plain, `"CapAdd": null`, `"CapAdd": ["sys_admin"]`, 1), "SYS_ADMIN"},
-		{"all capabilities", strings.Replace(plain, `"CapAdd": null`, `"CapAdd": ["ALL"]`, 1), "--cap-add=ALL"},
-		{"host network", strings.Replace(plain, `"NetworkMode": "none"`, `"NetworkMode": "host"`, 1), "host network"},
-	} {
-		t.Run(tt.why, func(t *testing.T) {
-			l := newLab(t)
-			l.running(t, []byte(tt.inspect))
-			_, err := l.docker.Bind(t.Context(), alice)
-			wantDenied(t, err, tt.want)
-		})
-	}
-}
-
-func TestOrdinaryContainersOfBothEnginesAreBound(t *testing.T) {
-	for _, name := range []string{"e2010-inspect-default.json", "e29-inspect-default.json"} {
-		t.Run(name, func(t *testing.T) {
-			l := newLab(t)
-			l.running(t, []byte(readTestdata(t, name)))
-			l.bound(t)
-		})
 	}
 }
 
@@ -198,6 +168,37 @@ func TestAProcessThatHasEndedIsNotBoundWhateverDockerSays(t *testing.T) {
 	p.kill()
 	if w, err := l.docker.Bind(t.Context(), alice); !errors.Is(err, broker.ErrPending) {
 		t.Errorf("Bind: got %v, %v, want pending", w, err)
+	}
+}
+
+// Where the file of the first process names a cgroup, that directory's number must
+// be the one that the kernel has the process in.
+func TestAPathThatIsNotTheKernelsIsNotRecorded(t *testing.T) {
+	cgroups := t.TempDir()
+	l := newLab(t, func(c *spawnerhook.DockerConfig) {
+		dir := filepath.Join(c.ProcRoot, itoa(os.Getpid()))
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(dir+"/mountinfo", []byte("1 0 0:1 / "+cgroups+" rw - cgroup2 none rw\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	})
+	p := l.running(t, nil)
+	w := l.bound(t) // there is no such directory yet: nothing to compare
+	if w.CgroupID == 0 {
+		t.Skip("this kernel tells no cgroup's number")
+	}
+	if err := os.MkdirAll(cgroups+w.Cgroups[""], 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if w, err := l.docker.Bind(t.Context(), alice); !errors.Is(err, broker.ErrPending) || !strings.Contains(err.Error(), "has number") {
+		t.Errorf("Bind: got %v, %v, want pending because of the number", w, err)
+	}
+	// A container without a cgroup of version 2 has no number to compare.
+	l.write(t, p.pid, "cgroup", "1:pids:/docker/"+w.Container+"\n0::/\n")
+	if w := l.bound(t); w.CgroupID != 0 {
+		t.Errorf("Bind: got number %d, want none", w.CgroupID)
 	}
 }
 

@@ -68,6 +68,11 @@ func TestOnlyLinesThatEndInTheFullIDAreRecorded(t *testing.T) {
 	}{
 		{"cgroupfs driver", "1:cpu:/docker/" + id + "\n0::/docker/" + id + "\n", map[string]string{"cpu": "/docker/" + id, "": "/docker/" + id}},
 		{"systemd driver", "0::/system.slice/docker-" + id + ".scope\n", map[string]string{"": "/system.slice/docker-" + id + ".scope"}},
+		{"systemd driver, v1 and hybrid", "2:pids:/system.slice/docker-" + id + ".scope\n1:name=systemd:/system.slice/docker-" + id + ".scope\n0::/system.slice/docker-" + id + ".scope\n",
+			map[string]string{"pids": "/system.slice/docker-" + id + ".scope", "name=systemd": "/system.slice/docker-" + id + ".scope", "": "/system.slice/docker-" + id + ".scope"}},
+		{"v1 without a line of version 2", "2:pids:/docker/" + id + "\n1:cpu,cpuacct:/docker/" + id + "\n", map[string]string{"pids": "/docker/" + id, "cpu,cpuacct": "/docker/" + id}},
+		{"hybrid, version 2 not used", "2:pids:/docker/" + id + "\n0::/\n", map[string]string{"pids": "/docker/" + id}},
+		{"systemd driver, a scope of another", "0::/system.slice/docker-" + victim20 + ".scope\n", map[string]string{}},
 		{"cgroup v2 on a hybrid host", "4:memory:/svc/dockerd\n1:cpu:/\n0::/docker/" + id + "\n", map[string]string{"": "/docker/" + id}},
 		{"a dying process", "2:pids:/\n1:cpu:/\n0::/\n", map[string]string{}},
 		{"the ID inside the path", "0::/docker/" + id + "/init\n", map[string]string{}},

@@ -17,5 +17,13 @@
 //     still calls it running. So only lines that end in the container's own full
 //     ID are recorded, and what doesn't fit is looked at again, never guessed.
 //
+// What a container must not have is one table, posture.go. Containers that could
+// forge all of this, whoever's they are, are looked for in neighbours_linux.go.
+//
+// The build tag nopidfd leaves out what kernels before 6.5 lack (SO_PEERPIDFD,
+// PIDFD_GET_INFO), so that the same tests hold there:
+//
+//	go test -tags nopidfd ./broker/peersocket ./spawnerhook
+//
 // Only engine_linux.go knows the Docker client's types.
 package spawnerhook

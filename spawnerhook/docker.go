@@ -21,6 +21,18 @@ type DockerConfig struct {
 	// instead of believing a record.
 	Directory func(broker.ServerKey) (string, error)
 
+	// Private are files and directories that no container but the hub's may
+	// reach, the servers' directories first. One that is not there is not looked
+	// for.
+	Private []string
+
+	// Posture says what becomes of findings; see FindingNames.
+	Posture Posture
+
+	// Trusted are names of containers that may be able to forge proofs, such as
+	// a hub's that has the Docker socket: they lower nobody's level.
+	Trusted []string
+
 	Log *slog.Logger // nil: none
 
 	// ProcRoot replaces /proc for what is read of containers and peers. For

@@ -28,7 +28,11 @@ type Docker struct {
 	locator    locator
 	peerPidfds bool // the kernel names peers by pidfd
 
+	hostPlaces func() host   // the host's own mounts, read once
+	cgroup2    func() string // where the broker sees cgroup v2, found once
+
 	watchers sync.WaitGroup // one goroutine for each of inits
+	around   neighbours
 
 	mu     sync.Mutex // guards the two below
 	inits  map[instance]*initProcess
@@ -66,14 +70,16 @@ func NewDocker(cfg DockerConfig) (*Docker, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	return &Docker{
+	d := &Docker{
 		cfg:        cfg,
 		log:        cfg.Log,
 		engine:     &engine{socket: cfg.Socket},
 		proc:       procfs(cfg.ProcRoot),
 		peerPidfds: hasPeerPidfd(),
 		inits:      map[instance]*initProcess{},
-	}, nil
+	}
+	d.hostPlaces, d.cgroup2 = sync.OnceValue(d.readHost), sync.OnceValue(d.findCgroup2)
+	return d, nil
 }
 
 // Close stops waiting for the ends of containers and closes their pidfds. It
@@ -94,10 +100,11 @@ func (d *Docker) Close() error {
 // refuses, by name, what this attestor knows no proof for.
 func (d *Docker) Check(ctx context.Context) (string, error) {
 	info, err := d.engine.info(ctx)
-	if err != nil {
-		return "", unavailable(err)
-	}
 	switch {
+	case errors.Is(err, errTooOld):
+		return "", broker.Errorf(broker.Denied, "%s", err)
+	case err != nil:
+		return "", unavailable(err)
 	case info.podman:
 		return "", broker.Errorf(broker.Denied, "this is Podman, which is not supported: use Docker 20.10 or newer")
 	case info.rootless:
@@ -127,6 +134,14 @@ func (d *Docker) checkKernel(ctx context.Context) (string, error) {
 	}
 	_, err = d.proc.namespace(pid, "mnt")
 	return d.level(err == nil), nil
+}
+
+// Worth implements broker.Attestor.
+func (d *Docker) Worth(level string) (now, why string) {
+	if why := d.around.why.Load(); why != nil {
+		return broker.Lowered(level), *why
+	}
+	return level, ""
 }
 
 // level names the proofs that are to be had.

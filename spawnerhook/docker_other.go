@@ -34,5 +34,11 @@ func (*Docker) Watch(context.Context, func(container string)) error { return err
 // Check implements broker.Attestor.
 func (*Docker) Check(context.Context) (string, error) { return "", errNotLinux }
 
+// Worth implements broker.Attestor.
+func (*Docker) Worth(level string) (now, why string) { return level, "" }
+
+// Containers says that there is none on this system.
+func (*Docker) Containers(context.Context) ([]Container, error) { return nil, errNotLinux }
+
 // Close does nothing.
 func (*Docker) Close() error { return nil }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -43,7 +44,23 @@ type engineInfo struct {
 	podman, rootless, userns bool
 }
 
+// oldestAPI is that of Docker 20.10.
+const oldestAPI = 41 // 1.41
+
+var errTooOld = errors.New("this Docker is too old: 20.10 or newer is needed")
+
+// tooOld says whether an engine speaks nothing as new as oldestAPI. A version that
+// can't be read is left to the negotiation.
+func tooOld(version string) bool {
+	minor, ok := strings.CutPrefix(version, "1.")
+	n, err := strconv.Atoi(minor)
+	return ok && err == nil && n < oldestAPI
+}
+
 var errNoContainer = errors.New("there is no such container")
+
+// errOddAnswer: Docker answers, but not with what a container has.
+var errOddAnswer = errors.New("docker's answer can't be used")
 
 // connect agrees on an API version, again if it was agreed before: the engine may
 // be another one than yesterday.
@@ -57,7 +74,11 @@ func (e *engine) connect(ctx context.Context) (*client.Client, error) {
 	}
 	// Without this the client would hide a refused negotiation and go on with
 	// its newest version.
-	if _, err := api.Ping(ctx, client.PingOptions{NegotiateAPIVersion: true}); err != nil {
+	p, err := api.Ping(ctx, client.PingOptions{NegotiateAPIVersion: true})
+	if tooOld(p.APIVersion) {
+		err = fmt.Errorf("%w: it speaks API version %s", errTooOld, p.APIVersion)
+	}
+	if err != nil {
 		api.Close()
 		return nil, err
 	}
@@ -131,11 +152,11 @@ func (e *engine) inspect(ctx context.Context, name string) (containerState, erro
 // stateOf takes what we need from an answer.
 func stateOf(c container.InspectResponse) (containerState, error) {
 	if c.State == nil || c.HostConfig == nil || c.Config == nil || !fullID(c.ID) {
-		return containerState{}, fmt.Errorf("docker's answer on container %q lacks its state, configuration or ID", c.Name)
+		return containerState{}, fmt.Errorf("%w on container %q: it lacks its state, configuration or ID", errOddAnswer, c.Name)
 	}
 	started, err := time.Parse(time.RFC3339Nano, c.State.StartedAt)
 	if err != nil {
-		return containerState{}, fmt.Errorf("start of container %q: %w", c.Name, err)
+		return containerState{}, fmt.Errorf("%w on container %q: %w", errOddAnswer, c.Name, err)
 	}
 	s := c.State
 	return containerState{
@@ -145,13 +166,46 @@ func stateOf(c container.InspectResponse) (containerState, error) {
 		PID:       int32(s.Pid),
 		StartedAt: started,
 		Running:   s.Running && !s.Paused && !s.Restarting && !s.Dead && s.Pid > 0,
-		posture: posture{
-			Privileged:  c.HostConfig.Privileged,
-			PidMode:     string(c.HostConfig.PidMode),
-			NetworkMode: string(c.HostConfig.NetworkMode),
-			CapAdd:      c.HostConfig.CapAdd,
-		},
+		posture:   postureOf(c.HostConfig),
 	}, nil
+}
+
+// postureOf takes from a configuration what bears on identity.
+func postureOf(h *container.HostConfig) posture {
+	p := posture{
+		Privileged: h.Privileged, PidMode: string(h.PidMode), NetworkMode: string(h.NetworkMode), IpcMode: string(h.IpcMode),
+		UsernsMode: string(h.UsernsMode), CgroupnsMode: string(h.CgroupnsMode), Runtime: h.Runtime,
+		CapAdd: h.CapAdd, SecurityOpt: h.SecurityOpt, MaskedPaths: h.MaskedPaths, ReadonlyPaths: h.ReadonlyPaths,
+		DeviceCgroupRules: h.DeviceCgroupRules,
+	}
+	for _, d := range h.Devices {
+		p.Devices = append(p.Devices, d.PathOnHost)
+	}
+	return p
+}
+
+// list returns the names of the containers that run.
+func (e *engine) list(ctx context.Context) ([]string, error) {
+	api, err := e.connected(ctx)
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	r, err := api.ContainerList(ctx, client.ContainerListOptions{})
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	for _, c := range r.Items {
+		for _, name := range c.Names { // others are links, as in /web/db
+			if name = strings.TrimPrefix(name, "/"); !strings.Contains(name, "/") {
+				names = append(names, name)
+				break
+			}
+		}
+	}
+	return names, nil
 }
 
 // fullID says whether s is a container's ID as cgroup paths carry it.

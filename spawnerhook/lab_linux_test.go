@@ -37,22 +37,30 @@ type lab struct {
 	log    *logBuffer
 }
 
-func newLab(t *testing.T) *lab {
+func newLab(t *testing.T, edit ...func(*spawnerhook.DockerConfig)) *lab {
 	t.Helper()
 	l := &lab{engine: brokertest.NewEngine(t), dir: t.TempDir(), proc: t.TempDir(), log: &logBuffer{}}
-	var err error
-	l.docker, err = spawnerhook.NewDocker(spawnerhook.DockerConfig{
+	cfg := spawnerhook.DockerConfig{
 		Socket:    l.engine.Socket,
-		Directory: func(broker.ServerKey) (string, error) { return l.dir, nil },
+		Directory: l.directory,
 		Log:       slog.New(slog.NewTextHandler(l.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		ProcRoot:  l.proc,
-	})
-	if err != nil {
+	}
+	for _, e := range edit {
+		e(&cfg)
+	}
+	var err error
+	if l.docker, err = spawnerhook.NewDocker(cfg); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.docker.Close() })
+	if err := l.docker.LookAround(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	return l
 }
+
+func (l *lab) directory(broker.ServerKey) (string, error) { return l.dir, nil }
 
 // A process is one of this machine that plays in a container.
 type process struct {
@@ -184,6 +192,16 @@ func within[T any](t *testing.T, what string, c <-chan T) (v T) {
 		t.Fatalf("%s: nothing within a minute", what)
 	}
 	return v
+}
+
+// await waits until something is so.
+func await(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); !is(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("%s: not within a minute", what)
+		}
+	}
 }
 
 // wantDenied fails the test unless err is a refusal whose sentence holds what.

@@ -47,9 +47,12 @@ func TestCapturedMountsShowWhatAContainerHas(t *testing.T) {
 	} {
 		t.Run(tt.file, func(t *testing.T) {
 			m := mounts(t, readTestdata(t, tt.file))
-			found := strings.Join(spawnerhook.MountWeaknesses(m, []spawnerhook.Place{capturedSocket}), "; ")
-			if !strings.Contains(found, tt.want) || (tt.want == "") != (found == "") {
-				t.Errorf("MountWeaknesses: got %q, want %q", found, tt.want)
+			var found []string
+			for _, f := range spawnerhook.Found(m, spawnerhook.NewPlace("254:0", "/"), []spawnerhook.Place{capturedSocket}) {
+				found = append(found, f.Says)
+			}
+			if all := strings.Join(found, "; "); !strings.Contains(all, tt.want) || (tt.want == "") != (all == "") {
+				t.Errorf("found %q, want %q", all, tt.want)
 			}
 			if fault := spawnerhook.DirectoryFault(m, capturedDir); fault != "" {
 				t.Errorf("DirectoryFault: got %q, want none", fault)

@@ -70,18 +70,28 @@ func readable(fd uintptr) (bool, error) {
 	return n > 0, err
 }
 
-// hasPeerPidfd says whether this kernel names peers by pidfd (Linux 6.5).
-func hasPeerPidfd() bool {
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+// cgroupID returns the kernel's number of the cgroup of version 2 that a process
+// is in. It needs no /proc, so no number that could have been given to another.
+// errNoCgroupID: the kernel doesn't tell.
+func cgroupID(pidfd *os.File) (uint64, error) {
+	raw, err := pidfd.SyscallConn()
 	if err != nil {
-		return false
+		return 0, err
 	}
-	defer unix.Close(pair[0])
-	defer unix.Close(pair[1])
-	fd, err := unix.GetsockoptInt(pair[0], unix.SOL_SOCKET, unix.SO_PEERPIDFD)
-	if err != nil {
-		return false
+	var id uint64
+	var askErr error
+	if err := raw.Control(func(fd uintptr) { id, askErr = askCgroupID(int(fd)) }); err != nil {
+		return 0, err
 	}
-	unix.Close(fd)
-	return true
+	switch askErr {
+	case nil:
+		return id, nil
+	case unix.ESRCH:
+		return 0, errEnded
+	case unix.ENOTTY, unix.EINVAL: // before Linux 6.13
+		return 0, errNoCgroupID
+	}
+	return 0, fmt.Errorf("PIDFD_GET_INFO: %w", askErr)
 }
+
+var errNoCgroupID = errors.New("this kernel tells no cgroup's number")

@@ -150,8 +150,7 @@ func (l *locator) locate(name string) (place, error) {
 	if !under(path, m.point) {
 		return place{}, fmt.Errorf("locate %s: %s is not below its mount point %s", name, path, m.point)
 	}
-	below := strings.TrimPrefix(path, strings.TrimSuffix(m.point, "/"))
-	return place{m.device, strings.TrimSuffix(m.path, "/") + below}, nil
+	return m.at(path), nil
 }
 
 // mountOf returns the mount that a descriptor was opened on.

@@ -7,10 +7,12 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -30,6 +32,7 @@ type realLab struct {
 	docker *spawnerhook.Docker
 	prefix string // of the names of its containers, and its image's name
 	level  string
+	root   string // of its servers' directories
 
 	mu   sync.Mutex // guards dirs
 	dirs map[broker.ServerKey]string
@@ -46,7 +49,11 @@ func newRealLab(t *testing.T) *realLab {
 	}
 	r := &realLab{prefix: "tbhook-" + strings.ToLower(rand.Text()[:8]), dirs: map[broker.ServerKey]string{}}
 	var err error
-	r.docker, err = spawnerhook.NewDocker(spawnerhook.DockerConfig{Directory: r.directory})
+	if r.root, err = os.MkdirTemp("", "tbhook"); err != nil { // short enough for sockets in it
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(r.root) })
+	r.docker, err = spawnerhook.NewDocker(spawnerhook.DockerConfig{Directory: r.directory, Private: []string{r.root}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,11 +125,10 @@ type server struct {
 
 func (r *realLab) server(t *testing.T, user string) *server {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "server")
+	dir, err := os.MkdirTemp(r.root, "server")
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
 	if err := os.Chmod(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -276,6 +282,7 @@ func TestOnRealDocker(t *testing.T) {
 	t.Run("everybody else is an unknown peer", r.strangers)
 	t.Run("a container in the victim's cgroups is told apart by its namespaces", r.forged)
 	t.Run("weak postures are refused by name", r.postures)
+	t.Run("what is allowed is bound, and seen", r.allowed)
 	t.Run("the directory must be mounted itself and read-only", r.directories)
 	t.Run("a restart is another workload", r.restarted)
 	t.Run("a restart loop never makes a wrong binding", r.restartLoop)
@@ -285,6 +292,9 @@ func TestOnRealDocker(t *testing.T) {
 func (r *realLab) attested(t *testing.T) {
 	s := r.server(t, "alice")
 	w := s.started(t)
+	if inode := cgroup2Inode(t, w); spawnerhook.TellsCgroups() && w.CgroupID != inode {
+		t.Errorf("Bind: got cgroup number %d, want %d", w.CgroupID, inode)
+	}
 	if w.Level != r.level || w.Image != r.prefix || len(w.Cgroups) == 0 {
 		t.Errorf("Bind: got %+v", w)
 	}
@@ -308,6 +318,19 @@ func (r *realLab) attested(t *testing.T) {
 	if _, err := r.docker.Bind(t.Context(), s.registration); !errors.Is(err, broker.ErrPending) {
 		t.Errorf("Bind of a killed container: got %v, want pending", err)
 	}
+}
+
+// cgroup2Inode is the inode of the container's directory in cgroup v2; 0: there is
+// none.
+func cgroup2Inode(t *testing.T, w *broker.Workload) uint64 {
+	t.Helper()
+	for _, root := range []string{"/sys/fs/cgroup", "/sys/fs/cgroup/unified"} {
+		var st unix.Stat_t
+		if path, ok := w.Cgroups[""]; ok && unix.Stat(root+path, &st) == nil {
+			return st.Ino
+		}
+	}
+	return 0
 }
 
 func (r *realLab) strangers(t *testing.T) {
@@ -374,6 +397,14 @@ func (r *realLab) postures(t *testing.T) {
 		{"Docker socket by a symlink, read-only", "Docker socket", []string{"-v", link + ":/mnt/s:ro"}},
 		{"Docker socket by its parent", "Docker socket", []string{"-v", "/run:/mnt/run:ro"}},
 		{"writable cgroups", "cgroups", []string{"-v", "/sys/fs/cgroup:/cg"}},
+		{"no seccomp", "seccomp=unconfined", []string{"--security-opt", "seccomp=unconfined"}},
+		{"open system paths", "systempaths=unconfined", []string{"--security-opt", "systempaths=unconfined"}},
+		{"the host's files", "all of the host's files", []string{"-v", "/:/mnt:ro"}},
+		{"the host's /proc", "host's /proc", []string{"-v", "/proc:/mnt:ro"}},
+		{"the host's /sys", "host's /sys", []string{"-v", "/sys:/mnt:ro"}},
+		{"the host's /run", "host's /run", []string{"-v", "/run:/mnt:ro"}},
+		{"a rule for all devices", "--device-cgroup-rule", []string{"--device-cgroup-rule", "c *:* rwm"}},
+		{"another server's directory", "of another server", []string{"-v", r.server(t, "other").dir + ":/mnt:ro"}},
 	} {
 		t.Run(tt.why, func(t *testing.T) {
 			s := r.server(t, fmt.Sprintf("weak%d", i))
@@ -381,6 +412,29 @@ func (r *realLab) postures(t *testing.T) {
 			_, err := r.docker.Bind(t.Context(), s.registration)
 			wantDenied(t, err, tt.want)
 		})
+	}
+}
+
+// What a site allows is seen, and lowers what proofs on this host are worth.
+func (r *realLab) allowed(t *testing.T) {
+	lax, err := spawnerhook.NewDocker(spawnerhook.DockerConfig{Directory: r.directory, Posture: spawnerhook.Posture{"sys_admin": spawnerhook.Allow}, Log: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lax.Close()
+	s := r.server(t, "fuse")
+	r.run(t, s.name(), "-v", s.mount(), "--cap-add=SYS_ADMIN", "--device=/dev/null", "--ipc=host")
+	w, err := lax.Bind(t.Context(), s.registration)
+	if err != nil || fmt.Sprint(w.Posture) != "[sys_admin ipc_host devices]" {
+		t.Errorf("Bind: got %+v, %v", w, err)
+	}
+	if level, why := lax.Worth(r.level); level == r.level || !strings.Contains(why, s.name()) {
+		t.Errorf("Worth: got %q, %q, want the level below because of %s", level, why, s.name())
+	}
+	all, err := lax.Containers(t.Context())
+	i := slices.IndexFunc(all, func(c spawnerhook.Container) bool { return c.Name == s.name() })
+	if err != nil || i < 0 || !all[i].Server || all[i].Refused() || len(all[i].Findings) != 3 {
+		t.Errorf("Containers: got %+v, %v", all, err)
 	}
 }
 

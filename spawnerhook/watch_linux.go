@@ -17,28 +17,33 @@ const (
 // waiting for changed: an engine drops events, without a word, for those who read
 // slowly.
 func (d *Docker) Watch(ctx context.Context, changed func(container string)) error {
-	q := &hints{waiting: map[string]bool{}, more: make(chan struct{}, 1)}
-	var reader sync.WaitGroup
-	reader.Go(func() { d.follow(ctx, q) })
-	defer reader.Wait()
-	for {
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-q.more:
-			for _, name := range q.take() {
-				changed(name)
+	q, around := newHints(), newHints()
+	var readers sync.WaitGroup
+	readers.Go(func() {
+		d.follow(ctx, func(name string) {
+			q.add(name)
+			around.add(name)
+		})
+	})
+	readers.Go(func() {
+		_ = around.each(ctx, func(name string) {
+			err := d.lookAroundFor(ctx, name)
+			if err != nil && pause(ctx, lastPause) == nil {
+				d.log.Warn("can't look at the containers on this host; trying again", "err", err)
+				around.add(name)
 			}
-		}
-	}
+		})
+	})
+	defer readers.Wait()
+	return q.each(ctx, changed)
 }
 
 // follow reads events, connection after connection.
-func (d *Docker) follow(ctx context.Context, q *hints) {
+func (d *Docker) follow(ctx context.Context, hint func(name string)) {
 	wait := firstPause
 	for {
 		began := time.Now()
-		err := d.engine.events(ctx, func() { q.add("") }, q.add)
+		err := d.engine.events(ctx, func() { hint("") }, hint)
 		if ctx.Err() != nil {
 			return
 		}
@@ -61,6 +66,22 @@ type hints struct {
 	mu      sync.Mutex // guards the two below
 	names   []string
 	waiting map[string]bool
+}
+
+func newHints() *hints { return &hints{waiting: map[string]bool{}, more: make(chan struct{}, 1)} }
+
+// each calls f with what is added, until ctx is done.
+func (h *hints) each(ctx context.Context, f func(name string)) error {
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-h.more:
+			for _, name := range h.take() {
+				f(name)
+			}
+		}
+	}
 }
 
 func (h *hints) add(name string) {

@@ -137,10 +137,10 @@ func TestCheckSaysTheLevel(t *testing.T) {
 	}
 }
 
-func TestAnEngineThatIsTooOldOrNotThereIsUnavailable(t *testing.T) {
+func TestAnEngineThatIsTooOldOrNotThereSaysSo(t *testing.T) {
 	l := newLab(t)
 	l.engine.SpeakAPI("1.39")
-	if _, err := l.docker.Check(t.Context()); !errors.Is(err, broker.ErrUnavailable) || !strings.Contains(err.Error(), "1.39") {
+	if _, err := l.docker.Check(t.Context()); !errors.Is(err, broker.ErrDenied) || !strings.Contains(err.Error(), "20.10 or newer is needed: it speaks API version 1.39") {
 		t.Errorf("Check of an old engine: got %v", err)
 	}
 	if _, err := l.docker.Bind(t.Context(), alice); !errors.Is(err, broker.ErrUnavailable) || !strings.Contains(err.Error(), "1.39") {

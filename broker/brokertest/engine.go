@@ -37,6 +37,7 @@ type Engine struct {
 	onInspect  func(name string)
 	server     *http.Server
 	down       chan struct{} // closed when the server goes down
+	served     chan struct{} // closed when the server has ended
 }
 
 // A fakeContainer is a container's inspect answer.
@@ -100,20 +101,25 @@ func (e *Engine) Up() error {
 	defer e.mu.Unlock()
 	e.events, e.streams = nil, map[*engineStream]bool{}
 	e.down = make(chan struct{})
-	e.server = &http.Server{Handler: e.handler()}
-	go e.server.Serve(l)
+	server, served := &http.Server{Handler: e.handler()}, make(chan struct{})
+	e.server, e.served = server, served
+	go func() {
+		defer close(served)
+		server.Serve(l)
+	}()
 	return nil
 }
 
 // Down ends all connections and removes the socket. It forgets the events.
 func (e *Engine) Down() {
 	e.mu.Lock()
-	server, down := e.server, e.down
+	server, down, served := e.server, e.down, e.served
 	e.server = nil
 	e.mu.Unlock()
 	if server != nil {
 		close(down)
 		server.Close()
+		<-served // or it would remove the socket of the next one
 	}
 }
 
@@ -135,7 +141,8 @@ func (e *Engine) OnInspect(f func(name string)) { e.locked(func() { e.onInspect 
 func (e *Engine) Create(t testing.TB, name string, inspect []byte) string {
 	t.Helper()
 	if inspect == nil {
-		inspect = []byte(`{"Config": {"Image": "lab:1"}, "HostConfig": {"NetworkMode": "default"}, "State": {}}`)
+		inspect = []byte(`{"Config": {"Image": "lab:1"}, "State": {}, "HostConfig": {
+			"NetworkMode": "default", "MaskedPaths": ["/proc/kcore"], "ReadonlyPaths": ["/proc/sys"]}}`)
 	}
 	c := &fakeContainer{}
 	if err := json.Unmarshal(inspect, &c.inspect); err != nil {
@@ -273,6 +280,7 @@ func (e *Engine) handler() http.Handler {
 	mux.HandleFunc("/_ping", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "OK") })
 	mux.HandleFunc("GET /{v}/version", e.version)
 	mux.HandleFunc("GET /{v}/info", e.info)
+	mux.HandleFunc("GET /{v}/containers/json", e.list)
 	mux.HandleFunc("GET /{v}/containers/{name}/json", e.inspect)
 	mux.HandleFunc("GET /{v}/containers/json", e.list)
 	mux.HandleFunc("GET /{v}/events", e.stream)
@@ -319,6 +327,19 @@ func (e *Engine) info(w http.ResponseWriter, _ *http.Request) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	json.NewEncoder(w).Encode(map[string]any{"ServerVersion": "20.10.24", "SecurityOptions": e.security})
+}
+
+// list answers with what runs, as Docker does if nothing else is asked for.
+func (e *Engine) list(w http.ResponseWriter, _ *http.Request) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	all := []map[string]any{}
+	for name, c := range e.containers {
+		if running, _ := c.inspect["State"].(map[string]any)["Running"].(bool); running {
+			all = append(all, map[string]any{"Id": c.id, "Names": []string{"/" + name}})
+		}
+	}
+	json.NewEncoder(w).Encode(all)
 }
 
 func (e *Engine) inspect(w http.ResponseWriter, r *http.Request) {

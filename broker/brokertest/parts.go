@@ -24,6 +24,7 @@ type Attestor struct {
 	refuse  map[string]error
 	changed func(string)
 	binds   int
+	forger  string
 }
 
 type container struct {
@@ -37,6 +38,16 @@ func NewAttestor() *Attestor {
 	return &Attestor{running: make(map[string]*container), gone: make(map[int32]bool), refuse: make(map[string]error)}
 }
 
+// Hint says that something has happened to the container called name.
+func (a *Attestor) Hint(name string) {
+	a.mu.Lock()
+	changed := a.changed
+	a.mu.Unlock()
+	if changed != nil {
+		changed(name)
+	}
+}
+
 // Run starts the container called name, with processes of these PIDs.
 func (a *Attestor) Run(name string, pids ...int32) {
 	a.mu.Lock()
@@ -45,11 +56,8 @@ func (a *Attestor) Run(name string, pids ...int32) {
 		workload: &broker.Workload{Container: fmt.Sprintf("%064x", pids[0]), Name: name, Image: "lab:1", PID: pids[0], Level: "pidfd+ns", Done: done},
 		pids:     pids, done: done,
 	}
-	changed := a.changed
 	a.mu.Unlock()
-	if changed != nil {
-		changed(name)
-	}
+	a.Hint(name)
 }
 
 // Stop ends the container called name and all of its processes.
@@ -131,17 +139,44 @@ func (a *Attestor) Watch(ctx context.Context, changed func(string)) error {
 	return ctx.Err()
 }
 
+// Forge has a neighbour on the host that could forge proofs; empty: none.
+func (a *Attestor) Forge(why string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.forger = why
+}
+
+// Edit changes the workload that Bind returns for name from now on.
+func (a *Attestor) Edit(name string, edit func(*broker.Workload)) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	edit(a.running[name].workload)
+}
+
+// Worth implements broker.Attestor.
+func (a *Attestor) Worth(level string) (now, why string) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.forger == "" {
+		return level, ""
+	}
+	return broker.Lowered(level), a.forger
+}
+
 // Check implements broker.Attestor.
 func (a *Attestor) Check(context.Context) (string, error) { return "pidfd+ns", nil }
 
-// Sockets remembers which servers' sockets are open.
+// Sockets remembers which servers' sockets are open, and who is connected.
 type Sockets struct {
-	mu   sync.Mutex // guards open
-	open map[broker.ServerKey]bool
+	mu    sync.Mutex // guards the two
+	open  map[broker.ServerKey]bool
+	conns map[*broker.Peer]bool
 }
 
 // NewSockets returns none open.
-func NewSockets() *Sockets { return &Sockets{open: make(map[broker.ServerKey]bool)} }
+func NewSockets() *Sockets {
+	return &Sockets{open: make(map[broker.ServerKey]bool), conns: make(map[*broker.Peer]bool)}
+}
 
 // Opened lists the servers whose sockets are open, in no order.
 func (s *Sockets) Opened() []broker.ServerKey {
@@ -161,6 +196,27 @@ func (s *Sockets) Open(k broker.ServerKey) error {
 	defer s.mu.Unlock()
 	s.open[k] = true
 	return nil
+}
+
+// Connect has p's connection open.
+func (s *Sockets) Connect(p *broker.Peer) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.conns[p] = true
+}
+
+// Connected says whether p's connection is still open.
+func (s *Sockets) Connected(p *broker.Peer) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.conns[p]
+}
+
+// Hangup implements broker.Sockets.
+func (s *Sockets) Hangup(k broker.ServerKey, meant func(*broker.Peer) bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	maps.DeleteFunc(s.conns, func(p *broker.Peer, _ bool) bool { return p.Server == k && meant(p) })
 }
 
 // Close implements broker.Sockets.

@@ -4,8 +4,10 @@ import (
 	"errors"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -77,6 +79,18 @@ func (d *door) close() error {
 	}
 	d.wg.Wait()
 	return err
+}
+
+// hangup ends the connections whose peer is meant.
+func (d *door) hangup(meant func(*broker.Peer) bool) {
+	d.mu.Lock()
+	conns := slices.Collect(maps.Keys(d.conns))
+	d.mu.Unlock()
+	for _, c := range conns { // outside of the lock, which Close takes
+		if meant(c.peer) {
+			c.Close()
+		}
+	}
 }
 
 func (d *door) serve() {

@@ -38,7 +38,7 @@ func readPeer(fd int, p *broker.Peer) error {
 	}
 	p.PID, p.UID, p.GID = cred.Pid, cred.Uid, cred.Gid
 
-	pidfd, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PEERPIDFD)
+	pidfd, err := peerPidfd(fd)
 	switch {
 	case err == nil:
 		p.Pidfd = os.NewFile(uintptr(pidfd), "pidfd")

@@ -119,6 +119,16 @@ func (s *Servers) Open(k broker.ServerKey) error {
 	return nil
 }
 
+// Hangup ends connections of k.
+func (s *Servers) Hangup(k broker.ServerKey, meant func(*broker.Peer) bool) {
+	s.mu.Lock()
+	d := s.open[k]
+	s.mu.Unlock()
+	if d != nil {
+		d.hangup(meant)
+	}
+}
+
 // Close ends what Open began.
 func (s *Servers) Close(k broker.ServerKey) error {
 	s.mu.Lock()

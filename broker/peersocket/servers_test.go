@@ -173,6 +173,25 @@ func TestAFullSocketTurnsTheNextOneAway(t *testing.T) {
 	accept(t, s.HTTP())
 }
 
+func TestHangupEndsOnlyWhoIsMeant(t *testing.T) {
+	s, _ := newServers(t)
+	path := open(t, s, alice)
+	child := start(t, "dial", 0, path)
+	left := accept(t, s.HTTP())
+	dial(t, path, sayHTTP)
+	own := accept(t, s.HTTP())
+	s.Hangup(bob, func(*broker.Peer) bool { return true }) // who has no socket here
+	s.Hangup(alice, func(p *broker.Peer) bool { return int(p.PID) == child.pid })
+	if err := left.Close(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("Close of who was meant: %v, want closed already", err)
+	}
+	if err := own.Close(); err != nil {
+		t.Errorf("Close of who was not meant: %v, want nil", err)
+	}
+	dial(t, path, sayHTTP) // it listens on
+	accept(t, s.HTTP())
+}
+
 func TestCloseEndsTheConnectionsOfOneServer(t *testing.T) {
 	s, _ := newServers(t)
 	path := open(t, s, alice)

@@ -20,6 +20,7 @@ import (
 	"tokenbroker/broker"
 	"tokenbroker/broker/oauthprovider"
 	"tokenbroker/broker/seal"
+	"tokenbroker/spawnerhook"
 )
 
 // check looks for mistakes in what a configuration says, notes them in d, and
@@ -166,6 +167,7 @@ func (k checker) servers() {
 		k.add("servers.attestation", "there is no attestation %q; there are docker and process", s.Attestation)
 	}
 	k.socket("servers.docker.socket", s.Docker.Socket)
+	k.posture("servers.docker.posture", s.Docker.Posture)
 	k.socket("admin.socket", k.c.Admin.Socket)
 	if k.c.Helper != "" {
 		k.c.Helper = k.file("helper", k.c.Helper)
@@ -175,6 +177,17 @@ func (k checker) servers() {
 	}
 	if a := k.c.Audit.File; a != "-" && !filepath.IsAbs(a) {
 		k.add("audit.file", "wants an absolute path, or - for standard output")
+	}
+}
+
+func (k checker) posture(key string, p spawnerhook.Posture) {
+	for name, verdict := range p {
+		if names := spawnerhook.FindingNames(); !slices.Contains(names, name) {
+			k.add(key+"."+name, "there is no finding %q; there are %s", name, strings.Join(names, ", "))
+		}
+		if !slices.Contains(spawnerhook.Verdicts(), verdict) {
+			k.add(key+"."+name, "there is no %q; there are refuse, report and allow", verdict)
+		}
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"tokenbroker/broker"
 	"tokenbroker/broker/oauthprovider"
 	"tokenbroker/broker/rolewatch"
+	"tokenbroker/spawnerhook"
 )
 
 // defaultConfigFile is read where --config names no other.
@@ -133,6 +134,19 @@ type ServersConfig struct {
 type DockerConfig struct {
 	// Socket is the daemon's. Default: /var/run/docker.sock.
 	Socket string `yaml:"socket"`
+	// Posture says what becomes of a server whose container was started with an
+	// option that weakens it: refuse, it gets no tokens; report, it gets them, and
+	// the log and the audit say so; allow, only the audit does. As in {sys_admin:
+	// allow, devices: allow} for FUSE. The refusal names the option and the key;
+	// `tokenbroker doctor --dry-run` lists all of them for the containers that run.
+	// Default: refuse what lets a container become another one or the host, report
+	// the rest.
+	Posture spawnerhook.Posture `yaml:"posture,omitempty"`
+	// Trusted are the names of containers that may be able to pass for others: a
+	// hub's own and the broker's, if they have the Docker socket. Any other that
+	// could lowers the level of attestation on this host by one, and that is
+	// logged. Default: none.
+	Trusted []string `yaml:"trusted,omitempty"`
 }
 
 // StoreConfig is where the sealed records lie.

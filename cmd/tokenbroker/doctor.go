@@ -18,6 +18,7 @@ import (
 
 	"tokenbroker/broker"
 	"tokenbroker/broker/seal"
+	"tokenbroker/spawnerhook"
 )
 
 // A finding is one line of doctor's report.
@@ -44,10 +45,15 @@ func newDoctor() *cobra.Command {
 		Args:  cobra.NoArgs,
 	}
 	file := configFlag(c)
+	dryRun := c.Flags().Bool("dry-run", false, "say instead what would become of the containers that run now, were they servers under this configuration")
+	names := c.Flags().String("servers", "jupyter-*", "with --dry-run: which containers are servers, besides those that mount a socket already")
 	c.RunE = action(func(c *cobra.Command, _ []string) error {
 		cfg, err := loadConfig(*file)
 		if err != nil {
 			return err
+		}
+		if *dryRun {
+			return printDryRun(c, cfg, *names)
 		}
 		all := examine(c.Context(), cfg)
 		if err := printFindings(c, all); err != nil {
@@ -112,7 +118,26 @@ func checkAttestation(ctx context.Context, cfg *Config) []finding {
 	}
 	defer a.Close()
 	level, err := a.Check(ctx)
-	return []finding{found("attestation", cfg.Servers.Attestation+", level "+level, err)}
+	all := []finding{found("attestation", cfg.Servers.Attestation+", level "+level, err)}
+	if d, ok := a.(*spawnerhook.Docker); ok && err == nil {
+		all = append(all, checkNeighbours(ctx, cfg, d)...)
+	}
+	return all
+}
+
+// checkNeighbours looks for containers that make attestation worth less.
+func checkNeighbours(ctx context.Context, cfg *Config, d *spawnerhook.Docker) []finding {
+	running, err := d.Containers(ctx)
+	if err != nil {
+		return []finding{found("containers", "", err)}
+	}
+	var all []finding
+	for _, c := range running {
+		if by := c.Forges(); by != "" && !slices.Contains(cfg.Servers.Docker.Trusted, c.Name) {
+			all = append(all, finding{"containers", "note", c.Name + " could forge proofs, which lowers the level by one: " + by})
+		}
+	}
+	return all
 }
 
 // checkServers looks at the directory of the servers' sockets without making it.

@@ -143,11 +143,38 @@ func openAttestor(cfg *Config, directory func(broker.ServerKey) (string, error),
 	if cfg.Servers.Attestation == "process" {
 		return processAttestor{spawnerhook.NewProcess()}, nil
 	}
-	d, err := spawnerhook.NewDocker(spawnerhook.DockerConfig{Socket: cfg.Servers.Docker.Socket, Directory: directory, Log: log})
+	d, err := openDocker(cfg, directory, log)
 	if err != nil { // a nil *Docker in an interface would not be nil
 		return nil, err
 	}
 	return d, nil
+}
+
+func openDocker(cfg *Config, directory func(broker.ServerKey) (string, error), log *slog.Logger) (*spawnerhook.Docker, error) {
+	docker := cfg.Servers.Docker
+	// Not directories but what lies in them: users' homes may be beside it.
+	private := []string{cfg.Servers.Directory, cfg.Admin.Socket, cfg.Keys.Keyset, cfg.Keys.KEKFile, cfg.Journal}
+	for _, h := range cfg.Hubs {
+		private = append(private, h.Socket)
+	}
+	return spawnerhook.NewDocker(spawnerhook.DockerConfig{
+		Socket: docker.Socket, Directory: directory, Private: private, Posture: docker.Posture, Trusted: docker.Trusted, Log: log,
+	})
+}
+
+// checkEngine refuses an engine of a kind that can't be believed. One that is
+// down may come up later.
+func checkEngine(ctx context.Context, a attestor, log *slog.Logger) error {
+	level, err := a.Check(ctx)
+	switch {
+	case errors.Is(err, broker.ErrDenied):
+		return err
+	case err != nil:
+		log.Warn("containers can't be looked at yet", "err", err)
+	default:
+		log.Info("attestation", "level", level)
+	}
+	return nil
 }
 
 // processAttestor has nothing to close.
@@ -334,6 +361,9 @@ func serve(ctx context.Context, cfg *Config, stdout io.Writer, log *slog.Logger,
 	defer watch.Wait()
 	defer stop()
 	if err := p.store.Check(ctx); err != nil {
+		return err
+	}
+	if err := checkEngine(ctx, p.attestor, log); err != nil {
 		return err
 	}
 	b, err := p.broker(cfg, log)

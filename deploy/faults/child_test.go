@@ -276,7 +276,9 @@ func (anybody) Bind(_ context.Context, r broker.Registration) (*broker.Workload,
 func (anybody) Attest(*broker.Peer, *broker.Workload) error     { return nil }
 func (anybody) Alive(*broker.Peer) error                        { return nil }
 func (anybody) Watch(ctx context.Context, _ func(string)) error { <-ctx.Done(); return ctx.Err() }
-func (anybody) Check(context.Context) (string, error)           { return "proc", nil }
+func (anybody) Worth(level string) (string, string)             { return level, "" }
+
+func (anybody) Check(context.Context) (string, error) { return "proc", nil }
 
 // traced is a Provider in whose requests the process can be killed.
 type traced struct{ broker.Provider }

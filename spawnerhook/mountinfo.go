@@ -29,6 +29,15 @@ func (m mount) reaches(p place) bool {
 	return m.device == p.device && under(p.path, m.path)
 }
 
+// at is the place of a path that lies on the mount.
+func (m mount) at(path string) place {
+	below := strings.TrimPrefix(path, strings.TrimSuffix(m.point, "/"))
+	if below = strings.TrimSuffix(m.path, "/") + below; below == "" {
+		below = "/"
+	}
+	return place{m.device, below}
+}
+
 // under says whether path is dir or lies below it.
 func under(path, dir string) bool {
 	rest, ok := strings.CutPrefix(path, strings.TrimSuffix(dir, "/"))
