@@ -4,6 +4,8 @@ import (
 	"context"
 	"sync"
 	"time"
+
+	"tokenbroker/broker"
 )
 
 // How long to wait before connecting to Docker again. A connection that stood
@@ -13,10 +15,13 @@ const (
 	lastPause  = 5 * time.Second
 )
 
+// maxExecs bounds the commands that wait to be told of.
+const maxExecs = 10000
+
 // Watch implements broker.Attestor. Events are read into a queue without ever
-// waiting for changed: an engine drops events, without a word, for those who read
-// slowly.
-func (d *Docker) Watch(ctx context.Context, changed func(container string)) error {
+// waiting for changed or ran: an engine drops events, without a word, for those
+// who read slowly.
+func (d *Docker) Watch(ctx context.Context, changed func(container string), ran func(broker.Exec)) error {
 	q := &hints{waiting: map[string]bool{}, more: make(chan struct{}, 1)}
 	var reader sync.WaitGroup
 	reader.Go(func() { d.follow(ctx, q) })
@@ -26,8 +31,15 @@ func (d *Docker) Watch(ctx context.Context, changed func(container string)) erro
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-q.more:
-			for _, name := range q.take() {
+			names, execs, lost := q.take()
+			for _, name := range names {
 				changed(name)
+			}
+			for _, x := range execs {
+				ran(x)
+			}
+			if lost > 0 {
+				d.log.Error("more commands are run in containers than can be recorded", "not_recorded", lost)
 			}
 		}
 	}
@@ -36,12 +48,16 @@ func (d *Docker) Watch(ctx context.Context, changed func(container string)) erro
 // follow reads events, connection after connection.
 func (d *Docker) follow(ctx context.Context, q *hints) {
 	wait := firstPause
+	// The engine answers a moment before it subscribes. What happens in between it
+	// replays, if asked from a moment before; after a break, from where it broke.
+	since := time.Now().Add(-time.Second)
 	for {
 		began := time.Now()
-		err := d.engine.events(ctx, func() { q.add("") }, q.add)
+		last, err := d.engine.events(ctx, since, listener{subscribed: func() { q.add("") }, changed: q.add, ran: q.ran})
 		if ctx.Err() != nil {
 			return
 		}
+		since = last
 		if time.Since(began) > lastPause {
 			wait = firstPause
 		}
@@ -53,14 +69,16 @@ func (d *Docker) follow(ctx context.Context, q *hints) {
 	}
 }
 
-// hints is a queue of container names. A name that waits already is not queued
-// again, so it never grows beyond the number of containers.
+// hints is a queue of container names and of commands that were run. A name that
+// waits already is not queued again, so there are never more than containers.
 type hints struct {
 	more chan struct{} // holds one token if there is something to take
 
-	mu      sync.Mutex // guards the two below
+	mu      sync.Mutex // guards what follows
 	names   []string
 	waiting map[string]bool
+	execs   []broker.Exec
+	lost    int // execs beyond maxExecs
 }
 
 func (h *hints) add(name string) {
@@ -71,17 +89,32 @@ func (h *hints) add(name string) {
 	}
 	h.waiting[name] = true
 	h.names = append(h.names, name)
+	h.wake()
+}
+
+func (h *hints) ran(x broker.Exec) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.execs) >= maxExecs {
+		h.lost++
+		return
+	}
+	h.execs = append(h.execs, x)
+	h.wake()
+}
+
+func (h *hints) wake() {
 	select {
 	case h.more <- struct{}{}:
 	default:
 	}
 }
 
-func (h *hints) take() []string {
+func (h *hints) take() (names []string, execs []broker.Exec, lost int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	names := h.names
-	h.names = nil
+	names, execs, lost = h.names, h.execs, h.lost
+	h.names, h.execs, h.lost = nil, nil, 0
 	clear(h.waiting)
-	return names
+	return names, execs, lost
 }

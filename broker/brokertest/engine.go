@@ -400,12 +400,21 @@ func (e *Engine) stream(w http.ResponseWriter, r *http.Request) {
 }
 
 // wantedEvents reads the filter of a request. As soon as one exec event is asked
-// for, Docker compares beginnings; nobody here asks for one.
+// for, Docker compares beginnings.
 func wantedEvents(r *http.Request) func(engineEvent) bool {
 	var filters map[string]map[string]bool
 	json.Unmarshal([]byte(r.URL.Query().Get("filters")), &filters)
+	types, actions := filters["type"], filters["event"]
+	begins := actions["exec_start"] || actions["exec_create"]
 	return func(v engineEvent) bool {
-		types, actions := filters["type"], filters["event"]
-		return (len(types) == 0 || types[v.Type]) && (len(actions) == 0 || actions[v.Action])
+		if len(types) > 0 && !types[v.Type] {
+			return false
+		}
+		for a := range actions {
+			if a == v.Action || begins && strings.HasPrefix(v.Action, a) {
+				return true
+			}
+		}
+		return len(actions) == 0
 	}
 }
