@@ -3,11 +3,11 @@ package broker
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
 	"os/user"
 	"strconv"
+	"strings"
 	"time"
 )
 
@@ -100,7 +100,7 @@ func (b *Broker) record(ctx context.Context, e *Entry, err error) error {
 	if err == nil {
 		werr = b.audit.write(e)
 	} else {
-		fresh, werr = b.audit.once(e, b.refusalKind(e, err), equalWithin)
+		fresh, werr = b.audit.once(e, refusalKind(e), equalWithin)
 	}
 	switch {
 	case werr != nil:
@@ -117,26 +117,20 @@ func (b *Broker) record(ctx context.Context, e *Entry, err error) error {
 	return told
 }
 
-// refusalKind says which refusals are like that of e. What a caller can choose at
-// will is no part of it, or he would fill the disk all the same.
-func (b *Broker) refusalKind(e *Entry, err error) kind {
-	k := kind{action: e.Action, code: e.Code, hub: e.Hub, user: e.User, server: e.Server, who: e.By}
-	if _, known := b.providers[e.Provider]; known {
-		k.provider = e.Provider
-	}
-	for _, r := range b.cfg.Rules {
-		if e.Audience != "" && oneOf(r.Audiences, e.Audience) {
-			k.audience = e.Audience
+// refusalKind says which refusals are like that of e. Numbers are no part of it:
+// they are the caller's, or the moment's.
+func refusalKind(e *Entry) kind {
+	reason := strings.Map(func(r rune) rune {
+		if '0' <= r && r <= '9' {
+			return -1
 		}
+		return r
+	}, e.Reason[:min(len(e.Reason), 500)])
+	return kind{
+		asker:  asker{action: e.Action, hub: e.Hub, user: e.User, server: e.Server, who: e.By},
+		code:   e.Code,
+		detail: strings.Join([]string{string(e.Provider), e.Audience, reason}, "\x00"),
 	}
-	var told *Error
-	if errors.As(err, &told) {
-		k.why = told.kind
-	} else { // ours to mend, so each must be seen
-		k.why = err.Error()
-		k.why = k.why[:min(len(k.why), 200)]
-	}
-	return k
 }
 
 // level is how loud a refusal is: what an operator should look at is an error,
@@ -164,8 +158,8 @@ func (b *Broker) Refuse(p *Peer, action string, err error) *Error {
 func (b *Broker) Looked(p *Peer, action string, hub HubID, user UserID) {
 	e := b.entry(action, p)
 	e.Hub, e.User, e.Outcome, e.Time = hub, user, "done", b.pulse.now()
-	who := strconv.FormatUint(uint64(p.UID), 10) // each command is a process of its own
-	b.observe(e, kind{action: action, hub: hub, user: user, who: who}, equalWithin)
+	who := "uid " + strconv.FormatUint(uint64(p.UID), 10) // each command is a process of its own
+	b.observe(e, kind{asker: asker{action: action, hub: hub, user: user, who: who}}, equalWithin)
 }
 
 // observe records something for which nobody waits.
@@ -196,7 +190,8 @@ func (b *Broker) ran(x Exec) {
 	e := b.serverEntry("exec", s)
 	e.Container, e.Command = x.Container, x.Command
 	e.Outcome, e.Time = "done", b.pulse.now()
-	b.observe(e, kind{action: e.Action, hub: e.Hub, user: e.User, server: e.Server, why: x.Container + x.Alike}, execsWithin)
+	who := asker{action: e.Action, hub: e.Hub, user: e.User, server: e.Server, command: x.Command}
+	b.observe(e, kind{asker: who, detail: x.Container + x.Alike}, execsWithin)
 }
 
 // life records that this broker begins or ends.

@@ -47,22 +47,25 @@ type AuditHead struct {
 
 // audit writes entries, one JSON line each, in the order of their refs.
 type audit struct {
-	mu    sync.Mutex // guards what follows
-	w     io.Writer
-	mac   hash.Hash
-	head  AuditHead     // of the chain; only Seq and MAC are kept up
-	buf   bytes.Buffer  // holds one line at a time
-	json  *json.Encoder // into buf
-	sum   [sha256.Size]byte
-	torn  bool   // a part of a line was written last
-	run   string // tells this run's refs from another's
-	n     int64
-	kinds map[kind]*run
-	runs  []*run // those of kinds, in the order of their first lines
+	mu   sync.Mutex // guards what follows
+	w    io.Writer
+	mac  hash.Hash
+	head AuditHead     // of the chain; only Seq and MAC are kept up
+	buf  bytes.Buffer  // holds one line at a time
+	json *json.Encoder // into buf
+	sum  [sha256.Size]byte
+	torn bool   // a part of a line was written last
+	run  string // tells this run's refs from another's
+	n    int64
+
+	// What is counted, see recur.go.
+	kinds   map[kind]*run
+	details map[asker]int // of kinds
+	runs    []*run        // those of kinds, in the order of their first lines
 }
 
 func newAudit(w io.Writer, mac hash.Hash, head AuditHead) *audit {
-	a := &audit{w: w, mac: mac, head: head, run: rand.Text()[:8], kinds: make(map[kind]*run)}
+	a := &audit{w: w, mac: mac, head: head, run: rand.Text()[:8], kinds: make(map[kind]*run), details: make(map[asker]int)}
 	a.json = json.NewEncoder(&a.buf)
 	return a
 }

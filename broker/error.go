@@ -36,7 +36,6 @@ type Error struct {
 	Ref        string        // number of the audit line, set where the answer is recorded
 	RetryAfter time.Duration // when to try again; 0: no use in trying again
 	cause      error
-	kind       string // the sentence before the names were put in
 }
 
 // Error is for logs: the code, the sentence and the cause.
@@ -104,7 +103,6 @@ func Errorf(code Code, sentence string, args ...any) *Error {
 		Sentence:   fmt.Sprintf(sentence, args...),
 		Next:       nexts[code],
 		RetryAfter: retryAfter[code],
-		kind:       sentence,
 	}
 }
 

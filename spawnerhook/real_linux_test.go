@@ -488,7 +488,8 @@ func (r *realLab) execs(t *testing.T) {
 	within(t, "first hint", names)
 	s := r.server(t, "visited")
 	w := s.started(t)
-	s.asks(t, "docker", "exec", s.name(), "/inside", "ask", socketInside, "hunter2")
+	// That the program can do nothing with it is no matter.
+	exec.Command("docker", "exec", s.name(), "/inside", "hunter2").Run()
 	for {
 		x := within(t, "command", execs)
 		if x.Container != w.Container {
