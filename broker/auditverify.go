@@ -91,7 +91,10 @@ type hole struct {
 // NewAuditVerifier verifies lines that were chained with mac's key. heads were
 // exported once; they show what is missing at the end.
 func NewAuditVerifier(mac hash.Hash, heads []AuditHead) *AuditVerifier {
-	v := &AuditVerifier{mac: mac, heads: make(map[int64][]AuditHead), hosts: make(map[HostID]bool), recent: make(map[int64]string)}
+	v := &AuditVerifier{
+		mac: mac, heads: make(map[int64][]AuditHead), hosts: make(map[HostID]bool), recent: make(map[int64]string),
+		report: AuditReport{Wrong: []AuditFinding{}, Notes: []AuditFinding{}},
+	}
 	for _, h := range heads {
 		v.heads[h.Seq] = append(v.heads[h.Seq], h)
 	}
@@ -150,7 +153,7 @@ func (v *AuditVerifier) begin(l placedLine) {
 	v.report.First = l.AuditHead
 	v.blame(tampering)
 	if v.old > 0 {
-		v.note(l.place, "the chain begins here; %d lines before it are from before audits were chained, and nothing can be said of them", v.old)
+		v.note(l.place, "the chain begins here; before it %s from before audits were chained, of which nothing can be said", linesAre(int64(v.old)))
 	} else if l.Seq > 1 {
 		v.note(l.place, "the chain is verified from %s on; what was before it is not in these files", l)
 	}
@@ -278,12 +281,17 @@ func (v *AuditVerifier) missing(h hole) {
 	switch {
 	case n <= 0: // all were found elsewhere
 	case h.changed > 0:
-		v.wrong(h.before.place, "before %s %d lines are missing, among the numbers %s", h.before, n, numbers)
-	case n == 1:
-		v.wrong(h.before.place, "before %s a line is missing, number %s", h.before, numbers)
+		v.wrong(h.before.place, "before %s %s missing, among the numbers %s", h.before, linesAre(n), numbers)
 	default:
-		v.wrong(h.before.place, "before %s %d lines are missing, numbers %s", h.before, n, numbers)
+		v.wrong(h.before.place, "before %s %s missing, of number %s", h.before, linesAre(n), numbers)
 	}
+}
+
+func linesAre(n int64) string {
+	if n == 1 {
+		return "a line is"
+	}
+	return fmt.Sprintf("%d lines are", n)
 }
 
 // unseen says what it means that the line of an exported head was not found.
@@ -295,7 +303,7 @@ func (v *AuditVerifier) unseen(h AuditHead) {
 	case h.Seq < v.report.First.Seq:
 		v.note(at, "head %s is older than the first line in these files", h.Ref)
 	case h.Seq > v.last.Seq:
-		v.wrong(at, "after %s at least %d lines are missing: on %s the audit went on to line %s (number %d)", v.last, h.Seq-v.last.Seq, h.Time.Format(time.DateTime), h.Ref, h.Seq)
+		v.wrong(at, "after %s %s missing, if not more: on %s the audit went on to line %s (number %d)", v.last, linesAre(h.Seq-v.last.Seq), h.Time.Format(time.DateTime), h.Ref, h.Seq)
 	default:
 		v.wrong(at, "line %s (number %d), which was exported on %s, is not in its place", h.Ref, h.Seq, h.Time.Format(time.DateTime))
 	}
