@@ -279,6 +279,7 @@ func TestTheChainOutlivesAFullDisk(t *testing.T) {
 		r.refused(p, broker.Want{}, broker.ErrUnavailable)
 		r.audit.fail, r.audit.room = nil, 0
 		r.token(p, broker.Want{})
+		r.token(p, broker.Want{})
 		v := broker.NewAuditVerifier(r.cfg.Keys.AuditMAC(), nil)
 		n := 0
 		for line := range strings.Lines(r.audit.String()) {
