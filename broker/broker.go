@@ -31,9 +31,11 @@ type Config struct {
 	Attestor Attestor
 	Sockets  Sockets
 
-	Audit  io.Writer // one JSON line per decision
-	Log    *slog.Logger
-	Helper string // path of the helper's binary on this host; empty: none
+	Audit io.Writer // one JSON line per decision
+	// AuditHead is where Audit's chain stands; zero: a new one begins.
+	AuditHead AuditHead
+	Log       *slog.Logger
+	Helper    string // path of the helper's binary on this host; empty: none
 	// Journal is the file of this broker alone in which a provider's answer is
 	// safe before the store has it. Start makes it.
 	Journal string
@@ -120,7 +122,7 @@ func New(cfg Config) (*Broker, error) {
 	if err := b.check(); err != nil {
 		return nil, err
 	}
-	b.audit = newAudit(cfg.Audit)
+	b.audit = newAudit(cfg.Audit, cfg.Keys.AuditMAC(), cfg.AuditHead)
 	return b, nil
 }
 
@@ -181,12 +183,13 @@ func (b *Broker) Start(ctx context.Context) error {
 	if err := b.restore(ctx); err != nil {
 		return err
 	}
+	b.life("start")
 	keys := b.cfg.Keys.Keys()
 	b.say(ctx, keys, primaries(keys)) // before anything is sealed for somebody
 	watch, stop := context.WithCancel(context.WithoutCancel(ctx))
 	b.stop = stop
 	b.work.Go(func() {
-		if err := b.cfg.Attestor.Watch(watch, b.hint); err != nil && watch.Err() == nil {
+		if err := b.cfg.Attestor.Watch(watch, b.hint, b.ran); err != nil && watch.Err() == nil {
 			b.cfg.Log.Error("containers are no longer watched", "err", err)
 		}
 	})
@@ -197,6 +200,7 @@ func (b *Broker) Start(ctx context.Context) error {
 	b.work.Go(func() { every(watch, keepAliveEvery, b.keepAll) })
 	b.work.Go(func() { every(watch, revokeEvery, b.revokeAll) })
 	b.work.Go(func() { every(watch, stopEvery, b.stopAll) })
+	b.work.Go(func() { every(watch, tallyEvery, b.tally) })
 	for name, h := range b.cfg.Hubs {
 		if h.API != nil {
 			b.work.Go(func() { b.sweep(watch, name, h.API) })
@@ -229,6 +233,10 @@ func (b *Broker) Close() {
 	b.looks.wait()
 	b.pulse.reads.wait()
 	b.settler.calls.wait()
+	if err := b.audit.tally(b.pulse.now(), true); err != nil {
+		b.cfg.Log.Error("the audit can't be written; what was refused repeatedly of late is not counted in it", "err", err)
+	}
+	b.life("stop")
 	if b.journal != nil {
 		b.journal.close()
 	}

@@ -30,7 +30,8 @@
 // Keys that seal the records are changed by keys.go, while brokers run.
 //
 // Decisions are in policy.go, what is said to callers in error.go, what is
-// written down in audit.go. The four interfaces are Store, Attestor, Provider
+// written down in audit.go: as a chain (chain.go), storms counted (recur.go), into
+// auditfile.go, read again by auditverify.go. The four interfaces are Store, Attestor, Provider
 // and Sockets; their comments are their contracts.
 //
 // # Fences
@@ -109,6 +110,8 @@
 //	memory, pulse        revision and time of the store          250 ms; a note of a move       the host's clock is used instead
 //	disk, journal        grant → counters, roles, sealed Grant   the store has it for sure      two processes write it
 //	memory, neighbours   container → what it could forge by      something happens to it        it ran before the first bind and is not in it
+//	memory, audit        kind of refusal, look or docker exec → how many  1 min; docker exec: 1 h  a token is among them
+//	disk, audit-head     the audit's last line                 the next line                  two brokers write it
 //	memory, Peer         connection → workload it attested as    the workload is another        it is kept past its connection
 //	store, grant         hub, provider, sub → Grant              for ever                       it opens at another key
 //	store, handle        fingerprint → grant or pending login    400 days; pending: 10 minutes  a tombstone leaves it good

@@ -197,6 +197,7 @@ func (r *rig) nothingLeaked() {
 type audit struct {
 	brokertest.Buffer
 	fail error
+	room int // bytes that are written although it fails
 	slow func()
 }
 
@@ -205,7 +206,8 @@ func (a *audit) Write(p []byte) (int, error) {
 		a.slow()
 	}
 	if a.fail != nil {
-		return 0, a.fail
+		n, _ := a.Buffer.Write(p[:a.room])
+		return n, a.fail
 	}
 	return a.Buffer.Write(p)
 }

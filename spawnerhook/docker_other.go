@@ -29,7 +29,9 @@ func (*Docker) Attest(*broker.Peer, *broker.Workload) error { return errNotLinux
 func (*Docker) Alive(*broker.Peer) error { return errNotLinux }
 
 // Watch implements broker.Attestor.
-func (*Docker) Watch(context.Context, func(container string)) error { return errNotLinux }
+func (*Docker) Watch(context.Context, func(container string), func(broker.Exec)) error {
+	return errNotLinux
+}
 
 // Check implements broker.Attestor.
 func (*Docker) Check(context.Context) (string, error) { return "", errNotLinux }

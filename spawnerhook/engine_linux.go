@@ -2,8 +2,10 @@ package spawnerhook
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"path"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -13,6 +15,8 @@ import (
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/api/types/events"
 	"github.com/moby/moby/client"
+
+	"tokenbroker/broker"
 )
 
 // engineTimeout bounds one question to Docker. An engine that hangs must look
@@ -21,7 +25,7 @@ const engineTimeout = 10 * time.Second
 
 // An engine is Docker as this package needs it. It alone knows the client's
 // types, and drops what else Docker tells: the environment of a container and the
-// command lines of docker exec are full of secrets.
+// arguments of docker exec are full of secrets.
 type engine struct {
 	socket string
 	// api is nil until the API version was agreed on. The client negotiates once
@@ -214,37 +218,69 @@ func fullID(s string) bool {
 }
 
 // watched are the events after which a look at a container may find something
-// else than before. None of exec_*: they carry command lines.
-var watched = []string{"start", "die", "destroy", "rename", "unpause"}
+// else than before, and the command that somebody runs in one. As soon as an
+// exec event is asked for Docker compares beginnings.
+var watched = []string{"start", "die", "destroy", "rename", "unpause", execStart}
 
-// events calls changed with the name of each container that something happens
-// to, until the stream ends. It calls subscribed as soon as nothing can be missed.
-func (e *engine) events(ctx context.Context, subscribed func(), changed func(name string)) error {
+const execStart = "exec_start"
+
+// A listener is told what Docker tells.
+type listener struct {
+	subscribed func() // from now on nothing is missed
+	changed    func(name string)
+	ran        func(broker.Exec)
+}
+
+// events tells l of each container that something happens to, until the stream
+// ends. Events after since are told again, if the engine still has them; last is
+// the time of the last one that was told.
+func (e *engine) events(ctx context.Context, since time.Time, l listener) (last time.Time, err error) {
+	last = since
 	api, err := e.connect(ctx)
 	if err != nil {
-		return err
+		return last, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	// The engine answers a moment before it subscribes. What happens in between
-	// it replays, if asked from a moment before.
-	since := time.Now().Add(-time.Second)
 	stream := api.Events(ctx, client.EventsListOptions{
 		Since:   fmt.Sprintf("%d.%09d", since.Unix(), since.Nanosecond()),
 		Filters: make(client.Filters).Add("type", "container").Add("event", watched...),
 	})
-	subscribed()
+	l.subscribed()
 	for {
 		select {
 		case m := <-stream.Messages:
-			changed(strings.TrimPrefix(m.Actor.Attributes["name"], "/"))
-			// Among the attributes are the image's labels, so look at this one
-			// only where Docker sets it.
-			if m.Action == events.ActionRename {
-				changed(strings.TrimPrefix(m.Actor.Attributes["oldName"], "/"))
-			}
+			l.tell(m)
+			last = time.Unix(0, m.TimeNano+1)
 		case err := <-stream.Err:
-			return err
+			return last, err
 		}
 	}
+}
+
+func (l listener) tell(m events.Message) {
+	name := strings.TrimPrefix(m.Actor.Attributes["name"], "/")
+	if command, ok := strings.CutPrefix(string(m.Action), execStart+": "); ok {
+		l.ran(execOf(m.Actor.ID, name, command))
+		return
+	}
+	l.changed(name)
+	// Among the attributes are the image's labels, so look at this one only where
+	// Docker sets it.
+	if m.Action == events.ActionRename {
+		l.changed(strings.TrimPrefix(m.Actor.Attributes["oldName"], "/"))
+	}
+}
+
+// execOf keeps of a command line the program's name. Docker joins the arguments by
+// spaces, so what is the program's when it has some in its name can't be known.
+func execOf(container, name, command string) broker.Exec {
+	x := broker.Exec{Container: container, Name: name, Command: "?"}
+	if words := strings.Fields(command); len(words) > 0 {
+		x.Command = path.Base(words[0])
+	}
+	x.Command = x.Command[:min(len(x.Command), 64)]
+	sum := sha256.Sum256([]byte(command))
+	x.Alike = string(sum[:])
+	return x
 }

@@ -231,12 +231,18 @@ func (b *logBuffer) String() string {
 	return b.buf.String()
 }
 
-// watch runs Watch until the test ends, or stop is called.
-func watch(t *testing.T, d *spawnerhook.Docker, changed func(string)) (stop func()) {
+// watch runs Watch until the test ends, or stop is called. Commands that are run
+// in containers are told to ran.
+func watch(t *testing.T, d *spawnerhook.Docker, changed func(string), ran ...func(broker.Exec)) (stop func()) {
 	t.Helper()
+	tell := func(x broker.Exec) {
+		for _, f := range ran {
+			f(x)
+		}
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- d.Watch(ctx, changed) }()
+	go func() { done <- d.Watch(ctx, changed, tell) }()
 	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := within(t, "end of Watch", done); !errors.Is(err, context.Canceled) {

@@ -56,7 +56,7 @@ func hasEnded(cause error) error {
 }
 
 // Watch implements broker.Attestor: nothing happens to uids.
-func (*Process) Watch(ctx context.Context, _ func(container string)) error {
+func (*Process) Watch(ctx context.Context, _ func(container string), _ func(broker.Exec)) error {
 	<-ctx.Done()
 	return ctx.Err()
 }

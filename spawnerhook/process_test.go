@@ -43,7 +43,7 @@ func TestAContainersWorkloadIsNoUID(t *testing.T) {
 func TestNothingHappensToUIDs(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	err := spawnerhook.NewProcess().Watch(ctx, func(name string) { t.Errorf("Watch: got %q", name) })
+	err := spawnerhook.NewProcess().Watch(ctx, func(name string) { t.Errorf("Watch: got %q", name) }, nil)
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("Watch: got %v", err)
 	}

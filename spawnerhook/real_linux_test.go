@@ -287,6 +287,7 @@ func TestOnRealDocker(t *testing.T) {
 	t.Run("a restart is another workload", r.restarted)
 	t.Run("a restart loop never makes a wrong binding", r.restartLoop)
 	t.Run("Watch names containers", r.watched)
+	t.Run("docker exec is told", r.execs)
 }
 
 func (r *realLab) attested(t *testing.T) {
@@ -532,5 +533,25 @@ func (r *realLab) watched(t *testing.T) {
 	s.bind(t)
 	docker(t, "kill", s.name())
 	for within(t, "hint of the end", names) != s.name() {
+	}
+}
+
+func (r *realLab) execs(t *testing.T) {
+	names, execs := make(chan string, 1000), make(chan broker.Exec, 1000)
+	watch(t, r.docker, func(name string) { names <- name }, func(x broker.Exec) { execs <- x })
+	within(t, "first hint", names)
+	s := r.server(t, "visited")
+	w := s.started(t)
+	// That the program can do nothing with it is no matter.
+	exec.Command("docker", "exec", s.name(), "/inside", "hunter2").Run()
+	for {
+		x := within(t, "command", execs)
+		if x.Container != w.Container {
+			continue // others use this Docker, too
+		}
+		if x.Name != s.name() || x.Command != "inside" || strings.Contains(x.Alike, "hunter2") {
+			t.Errorf("Watch tells %+v", x)
+		}
+		return
 	}
 }

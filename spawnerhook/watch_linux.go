@@ -4,6 +4,8 @@ import (
 	"context"
 	"sync"
 	"time"
+
+	"tokenbroker/broker"
 )
 
 // How long to wait before connecting to Docker again. A connection that stood
@@ -13,40 +15,63 @@ const (
 	lastPause  = 5 * time.Second
 )
 
+// maxExecs bounds the commands that wait to be told of.
+const maxExecs = 10000
+
 // Watch implements broker.Attestor. Events are read into a queue without ever
-// waiting for changed: an engine drops events, without a word, for those who read
-// slowly.
-func (d *Docker) Watch(ctx context.Context, changed func(container string)) error {
+// waiting for changed or ran: an engine drops events, without a word, for those
+// who read slowly.
+func (d *Docker) Watch(ctx context.Context, changed func(container string), ran func(broker.Exec)) error {
 	q, around := newHints(), newHints()
 	var readers sync.WaitGroup
 	readers.Go(func() {
-		d.follow(ctx, func(name string) {
+		hint := func(name string) {
 			q.add(name)
 			around.add(name)
-		})
+		}
+		d.follow(ctx, listener{subscribed: func() { hint("") }, changed: hint, ran: q.ran})
 	})
-	readers.Go(func() {
-		_ = around.each(ctx, func(name string) {
-			err := d.lookAroundFor(ctx, name)
-			if err != nil && pause(ctx, lastPause) == nil {
-				d.log.Warn("can't look at the containers on this host; trying again", "err", err)
-				around.add(name)
-			}
-		})
-	})
+	readers.Go(func() { _ = around.each(ctx, func() { d.lookAroundForAll(ctx, around) }) })
 	defer readers.Wait()
-	return q.each(ctx, changed)
+	return q.each(ctx, func() {
+		names, execs, lost := q.take()
+		for _, name := range names {
+			changed(name)
+		}
+		for _, x := range execs {
+			ran(x)
+		}
+		if lost > 0 {
+			d.log.Error("more commands are run in containers than can be recorded", "not_recorded", lost)
+		}
+	})
+}
+
+// lookAroundForAll follows the hints that wait. What can't be followed waits again.
+func (d *Docker) lookAroundForAll(ctx context.Context, around *hints) {
+	names, _, _ := around.take()
+	for _, name := range names {
+		err := d.lookAroundFor(ctx, name)
+		if err != nil && pause(ctx, lastPause) == nil {
+			d.log.Warn("can't look at the containers on this host; trying again", "err", err)
+			around.add(name)
+		}
+	}
 }
 
 // follow reads events, connection after connection.
-func (d *Docker) follow(ctx context.Context, hint func(name string)) {
+func (d *Docker) follow(ctx context.Context, l listener) {
 	wait := firstPause
+	// The engine answers a moment before it subscribes. What happens in between it
+	// replays, if asked from a moment before; after a break, from where it broke.
+	since := time.Now().Add(-time.Second)
 	for {
 		began := time.Now()
-		err := d.engine.events(ctx, func() { hint("") }, hint)
+		last, err := d.engine.events(ctx, since, l)
 		if ctx.Err() != nil {
 			return
 		}
+		since = last
 		if time.Since(began) > lastPause {
 			wait = firstPause
 		}
@@ -58,28 +83,28 @@ func (d *Docker) follow(ctx context.Context, hint func(name string)) {
 	}
 }
 
-// hints is a queue of container names. A name that waits already is not queued
-// again, so it never grows beyond the number of containers.
+// hints is a queue of container names and of commands that were run. A name that
+// waits already is not queued again, so there are never more than containers.
 type hints struct {
 	more chan struct{} // holds one token if there is something to take
 
-	mu      sync.Mutex // guards the two below
+	mu      sync.Mutex // guards what follows
 	names   []string
 	waiting map[string]bool
+	execs   []broker.Exec
+	lost    int // execs beyond maxExecs
 }
 
 func newHints() *hints { return &hints{waiting: map[string]bool{}, more: make(chan struct{}, 1)} }
 
-// each calls f with what is added, until ctx is done.
-func (h *hints) each(ctx context.Context, f func(name string)) error {
+// each calls take each time that there is something to take, until ctx is done.
+func (h *hints) each(ctx context.Context, take func()) error {
 	for {
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-h.more:
-			for _, name := range h.take() {
-				f(name)
-			}
+			take()
 		}
 	}
 }
@@ -92,17 +117,32 @@ func (h *hints) add(name string) {
 	}
 	h.waiting[name] = true
 	h.names = append(h.names, name)
+	h.wake()
+}
+
+func (h *hints) ran(x broker.Exec) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if len(h.execs) >= maxExecs {
+		h.lost++
+		return
+	}
+	h.execs = append(h.execs, x)
+	h.wake()
+}
+
+func (h *hints) wake() {
 	select {
 	case h.more <- struct{}{}:
 	default:
 	}
 }
 
-func (h *hints) take() []string {
+func (h *hints) take() (names []string, execs []broker.Exec, lost int) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	names := h.names
-	h.names = nil
+	names, execs, lost = h.names, h.execs, h.lost
+	h.names, h.execs, h.lost = nil, nil, 0
 	clear(h.waiting)
-	return names
+	return names, execs, lost
 }

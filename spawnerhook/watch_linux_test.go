@@ -80,17 +80,32 @@ func TestWatchLosesNoHintToASlowReader(t *testing.T) {
 	}
 }
 
-func TestCommandLinesOfDockerExecAreNeitherHintsNorLogged(t *testing.T) {
+func TestOfDockerExecTheProgramIsToldAndNoArgument(t *testing.T) {
 	l := newLab(t)
-	names := make(chan string, 100)
-	watch(t, l.docker, func(name string) { names <- name })
+	names, execs := make(chan string, 100), make(chan broker.Exec, 100)
+	watch(t, l.docker, func(name string) { names <- name }, func(x broker.Exec) { execs <- x })
 	within(t, "first hint", names)
-	l.engine.Create(t, "one", nil)
-	l.engine.Exec("one", "sh -c 'echo hunter2'")
+	id := l.engine.Create(t, "one", nil)
+	var alike []string
+	for _, command := range []string{"/bin/sh -c 'echo hunter2'", "/bin/sh -c 'echo hunter2'", "/bin/sh -c ls", ""} {
+		l.engine.Exec("one", command)
+		x := within(t, "command", execs)
+		want := "sh"
+		if command == "" {
+			want = "?"
+		}
+		if x.Container != id || x.Name != "one" || x.Command != want || strings.Contains(x.Alike, "hunter2") {
+			t.Errorf("of %q Watch tells %+v", command, x)
+		}
+		alike = append(alike, x.Alike)
+	}
+	if alike[0] != alike[1] || alike[1] == alike[2] {
+		t.Errorf("equal command lines are not told from others: %q", alike)
+	}
 	l.engine.Create(t, "two", nil)
 	l.engine.Start("two", 1)
 	if got := within(t, "hint", names); got != "two" {
-		t.Errorf("Watch: got %q, want two", got)
+		t.Errorf("Watch: got %q, want two: a command is no hint", got)
 	}
 	l.engine.Down()
 	if err := l.engine.Up(); err != nil {

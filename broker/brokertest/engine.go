@@ -280,7 +280,6 @@ func (e *Engine) handler() http.Handler {
 	mux.HandleFunc("/_ping", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "OK") })
 	mux.HandleFunc("GET /{v}/version", e.version)
 	mux.HandleFunc("GET /{v}/info", e.info)
-	mux.HandleFunc("GET /{v}/containers/json", e.list)
 	mux.HandleFunc("GET /{v}/containers/{name}/json", e.inspect)
 	mux.HandleFunc("GET /{v}/containers/json", e.list)
 	mux.HandleFunc("GET /{v}/events", e.stream)
@@ -336,7 +335,7 @@ func (e *Engine) list(w http.ResponseWriter, _ *http.Request) {
 	all := []map[string]any{}
 	for name, c := range e.containers {
 		if running, _ := c.inspect["State"].(map[string]any)["Running"].(bool); running {
-			all = append(all, map[string]any{"Id": c.id, "Names": []string{"/" + name}})
+			all = append(all, map[string]any{"Id": c.id, "Names": []string{"/" + name}, "Mounts": c.inspect["Mounts"]})
 		}
 	}
 	json.NewEncoder(w).Encode(all)
@@ -357,19 +356,6 @@ func (e *Engine) inspect(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	json.NewEncoder(w).Encode(c.inspect)
-}
-
-// list lists the containers that run.
-func (e *Engine) list(w http.ResponseWriter, _ *http.Request) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	all := []map[string]any{}
-	for name, c := range e.containers {
-		if c.inspect["State"].(map[string]any)["Running"] == true {
-			all = append(all, map[string]any{"Id": c.id, "Names": []string{"/" + name}, "Mounts": c.inspect["Mounts"]})
-		}
-	}
-	json.NewEncoder(w).Encode(all)
 }
 
 // find looks for a container as Docker does.
@@ -435,12 +421,21 @@ func (e *Engine) stream(w http.ResponseWriter, r *http.Request) {
 }
 
 // wantedEvents reads the filter of a request. As soon as one exec event is asked
-// for, Docker compares beginnings; nobody here asks for one.
+// for, Docker compares beginnings.
 func wantedEvents(r *http.Request) func(engineEvent) bool {
 	var filters map[string]map[string]bool
 	json.Unmarshal([]byte(r.URL.Query().Get("filters")), &filters)
+	types, actions := filters["type"], filters["event"]
+	begins := actions["exec_start"] || actions["exec_create"]
 	return func(v engineEvent) bool {
-		types, actions := filters["type"], filters["event"]
-		return (len(types) == 0 || types[v.Type]) && (len(actions) == 0 || actions[v.Action])
+		if len(types) > 0 && !types[v.Type] {
+			return false
+		}
+		for a := range actions {
+			if a == v.Action || begins && strings.HasPrefix(v.Action, a) {
+				return true
+			}
+		}
+		return len(actions) == 0
 	}
 }

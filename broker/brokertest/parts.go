@@ -23,6 +23,7 @@ type Attestor struct {
 	gone    map[int32]bool
 	refuse  map[string]error
 	changed func(string)
+	ran     func(broker.Exec)
 	binds   int
 	forger  string
 }
@@ -58,6 +59,14 @@ func (a *Attestor) Run(name string, pids ...int32) {
 	}
 	a.mu.Unlock()
 	a.Hint(name)
+}
+
+// Exec tells of a command that somebody runs in a container.
+func (a *Attestor) Exec(x broker.Exec) {
+	a.mu.Lock()
+	ran := a.ran
+	a.mu.Unlock()
+	ran(x)
 }
 
 // Stop ends the container called name and all of its processes.
@@ -131,9 +140,9 @@ func (a *Attestor) Alive(p *broker.Peer) error {
 }
 
 // Watch implements broker.Attestor.
-func (a *Attestor) Watch(ctx context.Context, changed func(string)) error {
+func (a *Attestor) Watch(ctx context.Context, changed func(string), ran func(broker.Exec)) error {
 	a.mu.Lock()
-	a.changed = changed
+	a.changed, a.ran = changed, ran
 	a.mu.Unlock()
 	<-ctx.Done()
 	return ctx.Err()

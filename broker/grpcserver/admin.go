@@ -2,7 +2,6 @@ package grpcserver
 
 import (
 	"context"
-	"fmt"
 	"time"
 
 	"tokenbroker/broker"
@@ -14,7 +13,13 @@ type admin struct {
 	b *broker.Broker
 }
 
+// looked records who looks at what. What changes something the domain records.
+func (a admin) looked(ctx context.Context, method, hub, user string) {
+	a.b.Looked(peerOf(ctx), actions[method], broker.HubID(hub), broker.UserID(user))
+}
+
 func (a admin) Status(ctx context.Context, _ *pb.StatusRequest) (*pb.StatusResponse, error) {
+	a.looked(ctx, "Status", "", "")
 	s := a.b.Status(ctx)
 	answer := &pb.StatusResponse{
 		Deployment:    s.Deployment,
@@ -40,6 +45,7 @@ func partStatus(p broker.PartStatus) *pb.PartStatus {
 }
 
 func (a admin) ListGrants(ctx context.Context, r *pb.ListGrantsRequest) (*pb.ListGrantsResponse, error) {
+	a.looked(ctx, "ListGrants", r.Hub, r.User)
 	list, err := a.b.Report(ctx, broker.HubID(r.Hub), broker.UserID(r.User), broker.ProviderID(r.Provider))
 	if err != nil {
 		return nil, err
@@ -101,7 +107,8 @@ func markText(m broker.Mark) string {
 	return ""
 }
 
-func (a admin) ListRegistrations(context.Context, *pb.ListRegistrationsRequest) (*pb.ListRegistrationsResponse, error) {
+func (a admin) ListRegistrations(ctx context.Context, _ *pb.ListRegistrationsRequest) (*pb.ListRegistrationsResponse, error) {
+	a.looked(ctx, "ListRegistrations", "", "")
 	return &pb.ListRegistrationsResponse{Registrations: registrations(a.b.Registrations())}, nil
 }
 
@@ -125,7 +132,7 @@ func registrations(list []broker.Registration) (all []*pb.Registration) {
 }
 
 // administrator is who asks, for the audit.
-func administrator(ctx context.Context) string { return fmt.Sprintf("uid %d", peerOf(ctx).UID) }
+func administrator(ctx context.Context) string { return peerOf(ctx).Administrator() }
 
 func (a admin) Disconnect(ctx context.Context, r *pb.DisconnectRequest) (*pb.DisconnectResponse, error) {
 	gone, ref, err := a.b.Disconnect(ctx, administrator(ctx), broker.HubID(r.Hub), broker.UserID(r.User), broker.ProviderID(r.Provider))
@@ -151,6 +158,7 @@ func disconnected(gone []broker.Disconnection) (all []*pb.Disconnected) {
 }
 
 func (a admin) ShowUser(ctx context.Context, r *pb.ShowUserRequest) (*pb.ShowUserResponse, error) {
+	a.looked(ctx, "ShowUser", r.Hub, r.User)
 	u, err := a.b.User(ctx, broker.HubID(r.Hub), broker.UserID(r.User))
 	if err != nil {
 		return nil, err
@@ -178,6 +186,7 @@ func (a admin) Rebind(ctx context.Context, r *pb.RebindRequest) (*pb.RebindRespo
 }
 
 func (a admin) Explain(ctx context.Context, r *pb.ExplainRequest) (*pb.ExplainResponse, error) {
+	a.looked(ctx, "Explain", r.Hub, r.User)
 	x, err := a.b.Explain(ctx, broker.Question{
 		Hub: broker.HubID(r.Hub), User: broker.UserID(r.User), Server: broker.ServerName(r.Server),
 		Want: broker.Want{Provider: broker.ProviderID(r.Provider), Audience: r.Audience, Scopes: r.Scopes},

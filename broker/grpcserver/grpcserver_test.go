@@ -3,7 +3,9 @@ package grpcserver_test
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"net"
@@ -20,6 +22,8 @@ import (
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/encoding/protojson"
+	"google.golang.org/protobuf/reflect/protoreflect"
+	"google.golang.org/protobuf/types/dynamicpb"
 
 	"tokenbroker/broker"
 	"tokenbroker/broker/brokertest"
@@ -48,6 +52,7 @@ type rig struct {
 	store    *brokertest.MemStore
 	provider *brokertest.Provider
 	log      bytes.Buffer
+	audit    brokertest.Buffer
 	logger   *slog.Logger
 }
 
@@ -63,7 +68,7 @@ func newRig(t testing.TB) *rig {
 		Hubs:      map[broker.HubID]broker.Hub{"main": {Login: "keycloak"}},
 		Providers: []broker.Provider{r.provider},
 		Rules:     []broker.Rule{{Provider: "keycloak", Audiences: []string{"storage"}, Scopes: []string{"read"}}},
-		Store:     r.store, Keys: keys, Attestor: attestor, Sockets: brokertest.NewSockets(), Audit: io.Discard, Log: r.logger,
+		Store:     r.store, Keys: keys, Attestor: attestor, Sockets: brokertest.NewSockets(), Audit: &r.audit, Log: r.logger,
 		Journal: t.TempDir() + "/journal",
 	})
 	check(t, err)
@@ -133,6 +138,42 @@ func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A method that is added is in the audit, too, with who asked.
+func TestEachCallOfTheAdministratorIsInTheAuditWithWhoAsked(t *testing.T) {
+	r := newRig(t)
+	cc := r.dial(grpcserver.NewAdmin(r.b, r.logger), asAdmin)
+	service := pb.File_tokenbroker_v1_admin_proto.Services().ByName("Admin")
+	for i := range service.Methods().Len() {
+		m := service.Methods().Get(i)
+		request := dynamicpb.NewMessage(m.Input())
+		if f := m.Input().Fields().ByName("user"); f != nil {
+			request.Set(f, protoreflect.ValueOfString("alice"))
+		}
+		before := len(r.audit.String())
+		// Refused or not.
+		err := cc.Invoke(context.Background(), fmt.Sprintf("/%s/%s", service.FullName(), m.Name()), request, dynamicpb.NewMessage(m.Output()))
+		var of []broker.Entry // those that say who asked
+		for line := range strings.Lines(r.audit.String()[before:]) {
+			var e broker.Entry
+			check(t, json.Unmarshal([]byte(line), &e))
+			if e.By != "" {
+				of = append(of, e)
+			}
+		}
+		if len(of) != 1 {
+			t.Errorf("%s (%v): the audit says who asked in %d lines, want one", m.Name(), err, len(of))
+			continue
+		}
+		e, who := of[0], fmt.Sprintf("uid %d (", os.Getuid())
+		if e.Action == "" || !strings.HasPrefix(e.By, who) || !strings.HasSuffix(e.By, fmt.Sprintf(", pid %d", os.Getpid())) {
+			t.Errorf("%s: the audit says %+v, want it to say that it was %s", m.Name(), e, who)
+		}
+		if m.Input().Fields().ByName("user") != nil && e.User != "alice" {
+			t.Errorf("%s: the audit does not say who was looked at: %+v", m.Name(), e)
+		}
 	}
 }
 

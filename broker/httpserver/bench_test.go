@@ -21,6 +21,7 @@ import (
 	"tokenbroker/broker"
 	"tokenbroker/broker/brokertest"
 	"tokenbroker/broker/redisstore"
+	"tokenbroker/broker/seal"
 	pb "tokenbroker/proto/tokenbroker/v1"
 )
 
@@ -170,7 +171,10 @@ func newBench(b *testing.B) (ours, bare sockets) {
 	store, err := redisstore.Open(redisstore.Config{Deployment: "bench", Socket: redis.Socket})
 	check(b, err)
 	b.Cleanup(func() { store.Close() })
-	audit, err := os.Create(b.TempDir() + "/audit.jsonl")
+	keys, err := seal.New()
+	check(b, err)
+	dir := b.TempDir()
+	audit, err := broker.OpenAudit(dir+"/audit.jsonl", nil, dir+"/head", keys.AuditMAC(), quietLog())
 	check(b, err)
 	b.Cleanup(func() { audit.Close() })
 	s := newStack(b, setup{store: store, audit: audit, attestor: func(a *brokertest.Attestor) broker.Attestor { return kernel{a} }})

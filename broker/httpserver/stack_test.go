@@ -98,6 +98,7 @@ func newStack(t testing.TB, set setup) *stack {
 	})
 	check(t, err)
 	check(t, s.b.Start(context.Background()))
+	s.audit.forget() // that it has started
 	hub, err := peersocket.ListenHub(s.hub, "main", uint32(os.Getuid()), log)
 	check(t, err)
 	s.serve(s.servers, grpcserver.NewWorkload(s.b, log), httpserver.NewWorkload(s.b, log))
@@ -205,6 +206,16 @@ type lines struct {
 }
 
 func newLines() *lines { return &lines{begun: make(chan struct{})} }
+
+// forget is for what came before anybody looks.
+func (l *lines) forget() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.buf.Len() > 0 {
+		l.buf.Reset()
+		l.begun = make(chan struct{})
+	}
+}
 
 func (l *lines) Write(b []byte) (int, error) {
 	l.mu.Lock()

@@ -2,6 +2,7 @@ package seal
 
 import (
 	"bytes"
+	"crypto/hkdf"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -22,13 +23,17 @@ import (
 )
 
 const (
-	kekSize = 32      // bytes
-	maxFile = 1 << 20 // bytes; a keyset of many keys is a few KiB
+	kekSize   = 32      // bytes
+	auditSize = 32      // bytes
+	maxFile   = 1 << 20 // bytes; a keyset of many keys is a few KiB
 )
 
-// keysetAD says what a wrapped keyset is, so that nothing else that was ever
-// encrypted under the key-encryption key passes for one.
-var keysetAD = []byte("tokenbroker keyset 1")
+// These say what was encrypted under the key-encryption key, so that nothing
+// passes for something else.
+var (
+	keysetAD = []byte("tokenbroker keyset 1")
+	auditAD  = []byte("tokenbroker audit key 1")
+)
 
 // A wrapped is the keyset file.
 type wrapped struct {
@@ -39,6 +44,8 @@ type wrapped struct {
 	// Retired names the keys that no longer open, so that what lies under one can
 	// be told from what lies under a key that nobody has ever had.
 	Retired []retired `json:"retired,omitempty"`
+
+	audit []byte // the key of AuditMAC, in the clear
 }
 
 // A wrapping is a keyset under a key-encryption key.
@@ -47,6 +54,9 @@ type wrapping struct {
 	// So a wrong key can be told from a damaged file.
 	KEK    string          `json:"kek"`
 	Keyset json.RawMessage `json:"keyset"` // Tink's JSON of an encrypted keyset
+	// Audit is the encrypted key of AuditMAC. It is none of the keyset, whose keys
+	// come and go: what chains the audit must be known as long as an audit is.
+	Audit []byte `json:"audit,omitempty"`
 }
 
 // A kek is a key-encryption key.
@@ -70,7 +80,7 @@ func Create(keysetFile, kekFile string) error {
 	}
 	key := make(kek, kekSize)
 	rand.Read(key)
-	w, err := wrap(h, key)
+	w, err := wrap(h, newAuditKey(), key)
 	if err != nil {
 		return err
 	}
@@ -89,7 +99,13 @@ func Create(keysetFile, kekFile string) error {
 	return nil
 }
 
-func wrap(h *keyset.Handle, key kek) (wrapping, error) {
+func newAuditKey() []byte {
+	key := make([]byte, auditSize)
+	rand.Read(key)
+	return key
+}
+
+func wrap(h *keyset.Handle, audit []byte, key kek) (wrapping, error) {
 	a, err := subtle.NewXChaCha20Poly1305(key)
 	if err != nil {
 		return wrapping{}, fmt.Errorf("use the key-encryption key: %w", err)
@@ -98,7 +114,11 @@ func wrap(h *keyset.Handle, key kek) (wrapping, error) {
 	if err := h.WriteWithAssociatedData(keyset.NewJSONWriter(&buf), a, keysetAD); err != nil {
 		return wrapping{}, fmt.Errorf("wrap the keyset: %w", err)
 	}
-	return wrapping{KEK: key.id(), Keyset: buf.Bytes()}, nil
+	box, err := a.Encrypt(audit, auditAD)
+	if err != nil {
+		return wrapping{}, fmt.Errorf("wrap the audit's key: %w", err)
+	}
+	return wrapping{KEK: key.id(), Keyset: buf.Bytes(), Audit: box}, nil
 }
 
 // writeNew writes a line to a file that wasn't there, and returns when it is
@@ -163,7 +183,7 @@ func (k *Keyset) Reload() (changed bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	next, err := stateOf(h, f.Retired)
+	next, err := stateOf(h, f.audit, f.Retired)
 	if err != nil {
 		return false, err
 	}
@@ -210,8 +230,8 @@ func openFile(keysetFile, kekFile string, key kek) (f wrapped, _ *keyset.Handle,
 		if w.KEK != key.id() {
 			continue
 		}
-		h, err := unwrap(w.Keyset, key)
-		if err != nil {
+		var h *keyset.Handle
+		if h, f.audit, err = w.open(key); err != nil {
 			return f, nil, damaged(err)
 		}
 		return f, h, nil
@@ -219,12 +239,22 @@ func openFile(keysetFile, kekFile string, key kek) (f wrapped, _ *keyset.Handle,
 	return f, nil, fmt.Errorf("the key-encryption key in %s (%s) is not the one that the keyset in %s was wrapped by (%s): restore the two files from the same backup", kekFile, key.id(), keysetFile, f.KEK)
 }
 
-func unwrap(text []byte, key kek) (*keyset.Handle, error) {
+func (w wrapping) open(key kek) (h *keyset.Handle, audit []byte, err error) {
 	a, err := subtle.NewXChaCha20Poly1305(key)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	return keyset.ReadWithAssociatedData(keyset.NewJSONReader(bytes.NewReader(text)), a, keysetAD)
+	if h, err = keyset.ReadWithAssociatedData(keyset.NewJSONReader(bytes.NewReader(w.Keyset)), a, keysetAD); err != nil {
+		return nil, nil, err
+	}
+	if w.Audit == nil {
+		// The file is from before audits were chained. Whoever writes it next, be it
+		// for another key-encryption key, keeps what this one gives.
+		audit, err = hkdf.Key(sha256.New, key, nil, string(auditAD), auditSize)
+		return h, audit, err
+	}
+	audit, err = a.Decrypt(w.Audit, auditAD)
+	return h, audit, err
 }
 
 // loadKEK also returns the path it found the key at.

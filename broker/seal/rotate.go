@@ -152,7 +152,7 @@ func change(keysetFile, kekFile string, edit func(*keyset.Manager, *wrapped) err
 func (f wrapped) write(path string, h *keyset.Handle, keys ...kek) error {
 	f.wrapping, f.Also = wrapping{}, nil
 	for i, key := range keys {
-		w, err := wrap(h, key)
+		w, err := wrap(h, f.audit, key)
 		if err != nil {
 			return err
 		}

@@ -1,9 +1,12 @@
 package seal_test
 
 import (
+	"encoding/json"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -230,4 +233,51 @@ func TestACredentialOfSystemdIsNotReplaced(t *testing.T) {
 func owner(info os.FileInfo) string {
 	st := info.Sys().(*syscall.Stat_t)
 	return fmt.Sprint(st.Uid, ":", st.Gid)
+}
+
+// An audit of years ago must still be verified: whatever becomes of the keys, what
+// chains it stays.
+func TestTheAuditsKeyOutlivesAllOthers(t *testing.T) {
+	mac := func(k *seal.Keyset) string {
+		h := k.AuditMAC()
+		h.Write([]byte("a line"))
+		return string(h.Sum(nil))
+	}
+	keyset, kek := create(t)
+	from := map[string]func(){
+		"made by create": func() {},
+		"from before audits were chained": func() {
+			var f map[string]json.RawMessage
+			must(t, json.Unmarshal(read(t, keyset), &f))
+			delete(f, "audit")
+			text, err := json.Marshal(f)
+			must(t, err)
+			replace(t, keyset, text)
+		},
+	}
+	for _, why := range slices.Sorted(maps.Keys(from)) {
+		from[why]()
+		k := load(t, keyset, kek)
+		want := mac(k)
+		first := k.Keys()[0].ID
+		next, err := seal.Add(keyset, kek)
+		must(t, err)
+		for i, step := range []func() error{
+			func() error { return seal.Promote(keyset, kek, next) },
+			func() error { return seal.Rewrap(keyset, kek) },
+			func() error { return seal.Disable(keyset, kek, first, time.Now()) },
+			func() error { return seal.Destroy(keyset, kek, first) },
+			func() error { return seal.Rewrap(keyset, kek) },
+		} {
+			must(t, step())
+			if got := mac(load(t, keyset, kek)); got != want {
+				t.Fatalf("a keyset %s: after step %d the audit's key is another", why, i)
+			}
+		}
+		keyset, kek = create(t)
+	}
+	one, two := load(t, keyset, kek), mac(load(t, keyset, kek))
+	if other, err := seal.New(); err != nil || mac(other) == mac(one) || mac(one) != two {
+		t.Errorf("two keysets have one key: %v", err)
+	}
 }

@@ -7,9 +7,12 @@
 package seal
 
 import (
+	"crypto/hmac"
+	"crypto/sha256"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -59,8 +62,9 @@ type Keyset struct {
 
 // A state is what a Keyset is until it is read anew.
 type state struct {
-	aead tink.AEAD
-	keys []Key
+	aead  tink.AEAD
+	keys  []Key
+	audit []byte
 }
 
 // New makes a keyset that lives in memory only, for tests and the demo.
@@ -69,7 +73,7 @@ func New() (*Keyset, error) {
 	if err != nil {
 		return nil, err
 	}
-	s, err := stateOf(h, nil)
+	s, err := stateOf(h, newAuditKey(), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -88,12 +92,12 @@ func newHandle() (*keyset.Handle, error) {
 	return h, nil
 }
 
-func stateOf(h *keyset.Handle, out []retired) (*state, error) {
+func stateOf(h *keyset.Handle, audit []byte, out []retired) (*state, error) {
 	a, err := aead.New(h)
 	if err != nil {
 		return nil, fmt.Errorf("use the keyset: %w", err)
 	}
-	return &state{aead: a, keys: keysOf(h, out)}, nil
+	return &state{aead: a, keys: keysOf(h, out), audit: audit}, nil
 }
 
 // now returns what k is; a keyset that was never made has no keys.
@@ -108,6 +112,11 @@ func (k *Keyset) now() *state {
 
 // Keys lists the keys, from the oldest to the newest.
 func (k *Keyset) Keys() []Key { return slices.Clone(k.now().keys) }
+
+// AuditMAC is an HMAC-SHA256 for the audit's chain. Its key is the same as long as
+// there is a keyset, whatever becomes of the keys in it and of the one that wraps
+// it, so that an audit of years ago can be verified.
+func (k *Keyset) AuditMAC() hash.Hash { return hmac.New(sha256.New, k.now().audit) }
 
 // prefix is how long what a box begins with is: a byte 1, then the id of its key.
 const prefix = 5

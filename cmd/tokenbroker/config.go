@@ -361,11 +361,24 @@ type AdminConfig struct {
 	Socket string `yaml:"socket"`
 }
 
-// AuditConfig is where the audit lines go.
+// AuditConfig is where the audit lines go, which are chained: see tokenbroker audit.
 type AuditConfig struct {
-	// File is a path, or - for standard output. Default: -.
+	// File is a path, or - for standard output. Default: -. Rotate it by renaming
+	// and SIGHUP, as deploy/site/logrotate does; copytruncate would lose lines. The
+	// last line is also in a file beside the journal, for the chain to go on.
 	File string `yaml:"file"`
 }
+
+// auditFile is the file that audit lines go to; empty: standard output.
+func (c *Config) auditFile() string {
+	if c.Audit.File == "-" {
+		return ""
+	}
+	return c.Audit.File
+}
+
+// auditHead is the file that holds the audit's last line.
+func (c *Config) auditHead() string { return c.Journal + ".audit-head" }
 
 // load reads, completes and checks a configuration file. If anything is wrong
 // with it, the error is Mistakes and names all of it.

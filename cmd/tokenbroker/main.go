@@ -29,7 +29,8 @@ func main() {
 }
 
 // run does what args say and returns the exit code: 0 done, 1 failed, 2 wrong
-// usage, 3 refused, 5 the broker can't be reached.
+// usage, 3 refused, 4 an audit is not what was written, 5 the broker can't be
+// reached.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	root := newRoot()
 	root.SetArgs(args)
@@ -73,7 +74,7 @@ func newRoot() *cobra.Command {
 		SilenceErrors: true,
 	}
 	root.PersistentFlags().VarP(new(format), "output", "o", "table or json")
-	root.AddCommand(newServe(), newConfig(), newPolicy(), newStatus(), newSessions(), newUsers(), newExplain(), newKeys(), newDoctor(), newVersion())
+	root.AddCommand(newServe(), newConfig(), newPolicy(), newStatus(), newSessions(), newUsers(), newExplain(), newKeys(), newAudit(), newDoctor(), newVersion())
 	addDemo(root)
 	return root
 }

@@ -3,6 +3,8 @@
 package main
 
 import (
+	"bytes"
+	"compress/gzip"
 	"io"
 	"log/slog"
 	"net"
@@ -12,6 +14,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -143,6 +146,92 @@ func TestALogoutAtTheProviderEndsTheSession(t *testing.T) {
 			t.Errorf("answer %d %v; then the session is active: %t, %v", resp.StatusCode, resp.Header, active, err)
 		}
 	}
+}
+
+// logrotate renames the file and sends SIGHUP; the chain goes on in the new one.
+func TestTheAuditIsRotatedWhileTheBrokerServes(t *testing.T) {
+	w := newTestWorld(t, func(*Config) {})
+	file, heads := w.cfg.Audit.File, w.path("heads")
+	says := func(code int, text string, args ...string) string {
+		t.Helper()
+		var out strings.Builder
+		got := run(t.Context(), append([]string{"audit"}, append(args, "-c", w.configFile)...), &out, &out)
+		if got != code || !strings.Contains(out.String(), text) {
+			t.Errorf("%v: exit code %d, want %d, and %q in\n%s", args, got, code, text, out.String())
+		}
+		return out.String()
+	}
+	login := func() {
+		t.Helper()
+		if _, err := w.hub.login(t.Context(), "alice"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, old := range []string{file + ".2", file + ".1"} {
+		login()
+		write(t, heads, says(0, `"seq":`, "head"), 0o600)
+		if err := os.Rename(file, old); err != nil {
+			t.Fatal(err)
+		}
+		login() // still goes into the old one
+		if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
+			t.Fatal(err)
+		}
+		for end := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+			if info, err := os.Stat(file); err == nil && info.Mode().Perm() == 0o600 {
+				break
+			} else if time.Now().After(end) {
+				t.Fatalf("the file was not opened anew: %v", err)
+			}
+		}
+		login()
+	}
+	compress(t, file+".2")
+	all := []string{file, file + ".1", file + ".2.gz"}
+	verify := append([]string{"verify", "--head", heads}, all...)
+	says(0, "in their places", verify...)
+	says(0, `"wrong": []`, append(verify, "-o", "json")...)
+	says(0, "note: without --head", append([]string{"verify"}, all...)...)
+	says(4, "lines are missing, if not more: on", append([]string{"verify", "--head", heads}, all[2])...)
+	says(1, "holds something else", append([]string{"verify", "--head", w.configFile}, all...)...)
+
+	text, err := os.ReadFile(file + ".1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.SplitAfter(string(text), "\n")
+	write(t, file+".1", strings.Join(append(lines[:1:1], lines[2:]...), ""), 0o600)
+	says(4, "WRONG: "+file+".1:2: before line ", verify...)
+	// What stands in the journal of systemd between the lines of the log.
+	var out strings.Builder
+	c := newRoot()
+	c.SetArgs([]string{"audit", "verify", "-", "-c", w.configFile})
+	c.SetIn(strings.NewReader(`{"time":"now","level":"INFO","msg":"serving"}` + "\n" + lines[0]))
+	c.SetOut(&out)
+	if err := c.ExecuteContext(t.Context()); err != nil || !strings.Contains(out.String(), "1 line of host") {
+		t.Errorf("from standard input: %v\n%s", err, out.String())
+	}
+	if err := os.Truncate(file, 0); err != nil {
+		t.Fatal(err)
+	}
+	login()
+	write(t, file, "", 0o600)
+	says(0, `"seq":`, "head") // of a file that is empty the last line is kept beside it
+	write(t, file, lines[0], 0o600)
+	says(4, "has lost its last ", "head")
+}
+
+func compress(t *testing.T, file string) {
+	t.Helper()
+	text, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	z := gzip.NewWriter(&out)
+	z.Write(text)
+	z.Close()
+	write(t, file+".gz", out.String(), 0o600)
 }
 
 func freeAddress(t *testing.T) string {

@@ -31,7 +31,7 @@ type parts struct {
 	keys      *seal.Keyset
 	attestor  attestor
 	providers []broker.Provider
-	audit     io.WriteCloser
+	audit     *broker.AuditFile
 }
 
 // An attestor may hold files of the kernel.
@@ -56,10 +56,10 @@ func open(cfg *Config, stdout io.Writer, log *slog.Logger) (_ *parts, err error)
 	if p.attestor, err = openAttestor(cfg, p.sockets.Directory, log); err != nil {
 		return nil, err
 	}
-	if p.audit, err = openAudit(cfg.Audit.File, stdout); err != nil {
+	if p.keys, err = seal.Load(cfg.Keys.Keyset, cfg.Keys.KEKFile); err != nil {
 		return nil, err
 	}
-	if p.keys, err = seal.Load(cfg.Keys.Keyset, cfg.Keys.KEKFile); err != nil {
+	if p.audit, err = broker.OpenAudit(cfg.auditFile(), stdout, cfg.auditHead(), p.keys.AuditMAC(), log); err != nil {
 		return nil, err
 	}
 	if p.store, err = openStore(cfg); err != nil {
@@ -101,7 +101,8 @@ func (p *parts) broker(cfg *Config, log *slog.Logger) (*broker.Broker, error) {
 		Deployment: cfg.Deployment, Host: broker.HostID(cfg.Host), Contact: cfg.Contact, Version: versionText(),
 		Hubs: hubs, Providers: p.providers, Rules: rules(cfg.Policy),
 		Store: p.store, Keys: p.keys, Attestor: p.attestor, Sockets: p.sockets,
-		Audit: p.audit, Log: log, Helper: cfg.Helper, Journal: cfg.Journal, Mounts: mounts(p.attestor, cfg.Servers.Directory),
+		Audit: p.audit, AuditHead: p.audit.Head(), Log: log, Helper: cfg.Helper, Journal: cfg.Journal,
+		Mounts: mounts(p.attestor, cfg.Servers.Directory),
 	})
 }
 
@@ -182,24 +183,6 @@ type processAttestor struct{ *spawnerhook.Process }
 
 // Close does nothing.
 func (processAttestor) Close() error { return nil }
-
-// openAudit opens the audit file for its owner only, or takes stdout.
-func openAudit(file string, stdout io.Writer) (io.WriteCloser, error) {
-	if file == "-" {
-		return keepOpen{stdout}, nil
-	}
-	f, err := os.OpenFile(file, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("audit.file: %w", err)
-	}
-	return f, nil
-}
-
-// keepOpen is a writer that somebody else closes.
-type keepOpen struct{ io.Writer }
-
-// Close leaves the writer open.
-func (keepOpen) Close() error { return nil }
 
 func openStore(cfg *Config) (*redisstore.Store, error) {
 	r := cfg.Store.Redis
@@ -358,6 +341,7 @@ func serve(ctx context.Context, cfg *Config, stdout io.Writer, log *slog.Logger,
 	watching, stop := context.WithCancel(ctx)
 	var watch sync.WaitGroup
 	watch.Go(func() { watchKeys(watching, p.keys, log) })
+	watch.Go(func() { reopenAudit(watching, p.audit, log) })
 	defer watch.Wait()
 	defer stop()
 	if err := p.store.Check(ctx); err != nil {

@@ -94,6 +94,15 @@ def test_the_unit_runs_commands_that_the_program_has(tokenbroker):
         assert done.returncode == 0, done.stderr
 
 
+def test_the_audit_is_rotated_where_it_is_written_and_opened_anew():
+    rules = [line.strip() for line in (SITE / "logrotate").read_text().splitlines() if not line.startswith("#")]
+    file = rules[0].removesuffix(" {")
+    assert f"audit: {{file: {file}}}" in (SITE / "tokenbroker.yaml").read_text()
+    assert "nocreate" in rules and "copytruncate" not in rules
+    assert "systemctl try-reload-or-restart tokenbroker.service" in rules
+    assert "ExecReload=/bin/kill -HUP $MAINPID" in (SITE / "tokenbroker.service").read_text().splitlines()
+
+
 @pytest.mark.parametrize("package, module", [("client/python", "tokenbroker"), ("spawnerhook/jupyterhub", "tokenbroker_hub")])
 def test_the_python_packages_can_be_installed(package, module, tmp_path):
     source = tmp_path / "source"  # pip leaves things beside what it builds
