@@ -1,0 +1,201 @@
+//go:build linux
+
+package attacks_test
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"tokenbroker/broker"
+)
+
+// alone are the attacks that hold the provider, or stop or freeze the broker.
+func (w *world) alone(t *testing.T, alice *server) {
+	w.hangingExchange(t)
+	w.numbersAgain(t, alice)
+	w.planted(t)
+}
+
+// hangingExchange revokes while the provider takes its time to answer.
+func (w *world) hangingExchange(t *testing.T) {
+	w.user(t, "main", "olivia", "olivia")
+	s := w.register(t, "main", "olivia", "olivia", "olivia")
+	s.starts(t)
+	arrived, release := w.idp.Hold()
+	defer release()
+	answered := make(chan answer, 1)
+	go func() {
+		for {
+			out, err := dockerCommand("exec", s.name, "/attacker", "ask", socket).CombinedOutput()
+			if a := read(t, out, err); a.said.Code != string(broker.Pending) {
+				answered <- a
+				return
+			}
+		}
+	}()
+	<-arrived
+	out, err := exec.Command(w.program, "users", "disconnect", "olivia", "--hub", "main", "--socket", w.path("admin.sock")).CombinedOutput()
+	if err != nil {
+		t.Fatalf("disconnect: %v: %s", err, out)
+	}
+	release()
+	a := <-answered
+	w.refused(t, attempt{"policy", "a revocation during a hanging exchange", "users disconnect, then the provider answers", broker.Revoked, "."}, a)
+}
+
+const reuses = 100
+
+// numbersAgain gives the number of a process that has connected to a process in
+// alice's container. In half of the runs the broker has not yet seen the
+// connection by then.
+func (w *world) numbersAgain(t *testing.T, alice *server) {
+	const last = "/proc/sys/kernel/ns_last_pid"
+	at := attempt{"identity", "a process number used again", "a connection whose maker's number is now of a process in alice's container (ns_last_pid)",
+		broker.UnknownPeer, "ended|no such process"}
+	if f, err := os.OpenFile(last, os.O_WRONLY, 0); err != nil {
+		theTable.add(line{"not run here", at.name, at.tried, "-", err.Error()})
+		return
+	} else {
+		f.Close()
+	}
+	inside := dockerCommand("exec", "-i", alice.name, "/attacker", "fork")
+	orders, err := inside.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := inside.StdoutPipe()
+	if err == nil {
+		err = inside.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { orders.Close(); inside.Wait() }()
+	replies := bufio.NewReader(out)
+	order := func(what string) {
+		fmt.Fprintln(orders, what)
+		if _, err := replies.ReadString('\n'); err != nil {
+			t.Fatal(err)
+		}
+	}
+	mine := regexp.MustCompile(`:/\S*` + alice.id)
+	var answers []answer
+	hits, closed, tries := 0, 0, 0
+	for ; hits < reuses && tries < 20*reuses; tries++ {
+		frozen := hits%2 == 1
+		if frozen {
+			w.broker.cmd.Process.Signal(syscall.SIGSTOP)
+		}
+		conn, pid := w.maker(t, alice)
+		if frozen {
+			io.WriteString(conn, question)
+		}
+		os.WriteFile(last, fmt.Appendf(nil, "%d", pid-1), 0)
+		order("fork")
+		text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
+		hit := mine.Match(text)
+		if frozen {
+			w.broker.cmd.Process.Signal(syscall.SIGCONT)
+		}
+		if hit {
+			hits++
+			a := answer{}
+			if frozen {
+				conn.SetDeadline(time.Now().Add(30 * time.Second))
+				a = answerOn(conn)
+			} else {
+				a = askOn(conn)
+			}
+			if a.Error != "" {
+				closed++
+			} else {
+				answers = append(answers, a)
+			}
+		}
+		conn.Close()
+		order("kill")
+	}
+	if hits < reuses {
+		t.Errorf("only %d of %d numbers were used again, in %d tries", hits, reuses, tries)
+	}
+	for _, a := range answers {
+		if a.said.Code != string(broker.UnknownPeer) || strings.Contains(a.Body, "access_token") {
+			t.Errorf("%s: answered %d %s", at.name, a.Status, a.Body)
+		}
+	}
+	at.tried = fmt.Sprintf("%s: %d runs, half of them in the broker's backlog; %d tries", at.tried, hits, tries)
+	if len(answers) == 0 {
+		w.kernel(t, at, answer{Error: "EOF"})
+		return
+	}
+	at.name += fmt.Sprintf(" (%d refused, %d closed)", len(answers), closed)
+	w.refused(t, at, answers[len(answers)-1])
+}
+
+// maker runs a process that connects to a server's socket, passes the connection
+// here and ends; its number is free when maker returns.
+func (w *world) maker(t *testing.T, s *server) (*net.UnixConn, int) {
+	t.Helper()
+	name := filepath.Join(w.shared, "maker.sock")
+	os.Remove(name)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: name, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	cmd := exec.Command(w.attack, "pass", s.socket(), name)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("pass: %v: %s", err, out)
+	}
+	from, err := l.AcceptUnix()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer from.Close()
+	conn, err := received(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn, cmd.ProcessState.Pid()
+}
+
+// planted puts other things in the place of a server's socket, out of a container
+// that somebody has, wrongly, given the directory writable.
+func (w *world) planted(t *testing.T) {
+	victim := w.up(t, "main", "ursula", "ursula")
+	secret := w.path("kek")
+	mode := func() os.FileMode {
+		i, err := os.Stat(secret)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return i.Mode()
+	}
+	before := mode()
+	w.once(t, []string{"-v", victim.dir + ":" + inside}, "plant", inside, secret)
+	victim.again(t) // the hub's next word
+	w.stopBroker(w.broker)
+	w.startBroker(t)
+	text, _ := os.ReadFile(w.path("log"))
+	if mode() != before {
+		t.Errorf("the broker changed the mode of a file outside to %v", mode())
+	}
+	said := "the broker starts; the socket is not opened: 'is in the way and is not a socket: remove it'"
+	if !strings.Contains(string(text), "is in the way and is not a socket") {
+		if i, err := os.Lstat(victim.socket()); err != nil || i.Mode().Type() != os.ModeSocket {
+			t.Errorf("nothing says what is in the way of the socket, and it is %v", i)
+		}
+		said = "the broker puts its socket back; the file outside is as it was"
+	}
+	theTable.add(line{"mounts", "links planted in a directory", "writable by mistake; broker.sock and .new lead to the broker's key file; register, then restart", said, "log"})
+}

@@ -1,0 +1,136 @@
+//go:build linux
+
+package attacks_test
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+
+	"tokenbroker/broker"
+)
+
+// What the audit says of who is somewhere else.
+const (
+	otherCgroup    = `not in the server's container: the process is in cgroup`
+	otherNamespace = `in a sandbox of its own.*the process is in (pid|mnt) namespace`
+)
+
+// cgroupOf is the path of a container's cgroup, the same in all hierarchies.
+func cgroupOf(t *testing.T, s *server) string {
+	t.Helper()
+	text, err := os.ReadFile(filepath.Join("/proc", s.pid(t), "cgroup"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := regexp.MustCompile(`:(/\S*` + s.id + `\S*)\n`).FindStringSubmatch(string(text))
+	if path == nil {
+		t.Fatalf("cgroups of %s: %s", s.name, text)
+	}
+	return path[1]
+}
+
+// pid is the number of a container's first process on this host.
+func (s *server) pid(t *testing.T) string {
+	t.Helper()
+	return docker(t, "inspect", "-f", "{{.State.Pid}}", s.name)
+}
+
+func (w *world) processes(t *testing.T, alice *server) {
+	at := func(name, tried, reason string) attempt {
+		return attempt{"processes", name, tried, broker.UnknownPeer, reason}
+	}
+	group, dir := cgroupOf(t, alice), []string{"-v", alice.dir + ":" + inside + ":ro"}
+	cgroups := append(dir[:2:2], "-v", "/sys/fs/cgroup:/cg", "--cap-drop=ALL", "--cgroupns=host")
+	root := "/proc/1/root" + socket
+
+	w.refused(t, at("host process, root", "connects to alice's socket by its path", otherCgroup), w.onHost(t, "ask", alice.socket()))
+	w.hostAsUser(t, alice, at)
+
+	for _, a := range []struct {
+		name, tried, reason string
+		options             []string
+		command             []string
+	}{
+		{"her PID namespace", "--pid=container:alice, through /proc/1/root", otherCgroup,
+			[]string{"--pid=container:" + alice.name}, []string{"ask", root}},
+		{"the host's PID namespace", "--pid=host, through /proc/PID/root", otherCgroup,
+			[]string{"--pid=host"}, []string{"ask", "/proc/" + alice.pid(t) + "/root" + socket}},
+		{"cgroups below hers", "--cgroup-parent=/docker/<alice>", otherCgroup,
+			append(dir[:2:2], "--cgroup-parent="+group), []string{"ask", socket}},
+		{"into her cgroups", "a writable /sys/fs/cgroup, no capability, every hierarchy", otherNamespace,
+			cgroups, []string{"forge", socket, group, "0"}},
+		{"into one of her cgroups", "the same, one hierarchy", "(?s)" + otherCgroup + "|" + otherNamespace, // where there is only one, it is all
+			cgroups, []string{"forge", socket, group, "1"}},
+		{"into her cgroups, from her PID namespace", "the same with --pid=container:alice", `in a sandbox of its own.*mnt namespace`,
+			append(cgroups[:len(cgroups):len(cgroups)], "--pid=container:"+alice.name), []string{"forge", socket, group, "0"}},
+		{"into her cgroups, with SYS_ADMIN", "mounts every hierarchy itself", otherNamespace,
+			append(dir[:2:2], "--cap-add=SYS_ADMIN", "--cgroupns=host"), []string{"mount", socket, group}},
+		{"a child cgroup named after hers", "seccomp=unconfined, user namespace, mount cgroup2, mkdir <alice>", otherCgroup,
+			append(dir[:2:2], "--security-opt", "seccomp=unconfined"), []string{"child", socket, alice.id}},
+		{"nested cgroups named after hers", "a writable /sys/fs/cgroup, /docker/<own>/<alice> on every hierarchy", otherCgroup,
+			cgroups, []string{"nest", socket, alice.id}},
+	} {
+		w.refused(t, at(a.name, a.tried, a.reason), w.once(t, a.options, a.command...))
+	}
+	w.postures(t, alice)
+}
+
+// hostAsUser asks as the uid that a container's processes have.
+func (w *world) hostAsUser(t *testing.T, alice *server, at func(name, tried, reason string) attempt) {
+	victim := w.up(t, "main", "erin", "erin", "--user", "1000:1000")
+	dir, err := os.Open(victim.dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dir.Close()
+	as := func(socket string) answer {
+		cmd := exec.Command(w.attack, "ask", socket)
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 1000, Gid: 1000}}
+		cmd.ExtraFiles, cmd.Dir = []*os.File{dir}, "/"
+		out, err := cmd.CombinedOutput()
+		return read(t, out, err)
+	}
+	by := at("host process, the container's uid", "connects to the socket of a container of that uid", "permission denied")
+	if err := os.Chmod(w.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	w.kernel(t, by, as(victim.socket()))
+	w.refused(t, at("the same, inside the directory", "is given a descriptor of the directory", otherCgroup), as("/proc/self/fd/3/broker.sock"))
+	w.kernel(t, attempt{kind: "hub", name: "somebody else on the hub's socket", tried: "connects as uid 1000", reason: "permission denied"},
+		as(w.path("hubs/main/hub.sock")))
+	w.kernel(t, attempt{kind: "hub", name: "somebody else on the administrator's socket", tried: "connects as uid 1000", reason: "permission denied"},
+		as(w.path("admin.sock")))
+}
+
+// postures are what an attacker's own server is refused for.
+func (w *world) postures(t *testing.T, alice *server) {
+	for _, p := range []struct{ name, option, reason string }{
+		{"own server sees the host's processes", "--pid=host", "--pid=host"},
+		{"own server sees alice's processes", "--pid=container:" + alice.name, "--pid=container"},
+		{"own server has SYS_ADMIN", "--cap-add=SYS_ADMIN", "SYS_ADMIN"},
+		{"own server has the Docker socket", "-v=" + *engine + ":/d.sock:ro", "Docker socket"},
+		{"own server can write to cgroups", "-v=/sys/fs/cgroup:/cg", "cgroups"},
+		{"own server is privileged", "--privileged", "--privileged"},
+	} {
+		s := w.register(t, "main", "posture "+p.option, "", strings.Fields(p.name)[len(strings.Fields(p.name))-1])
+		at := attempt{kind: "processes", name: p.name, tried: strings.Replace(p.option, alice.name, "alice", 1), reason: p.reason}
+		if p.option == "--privileged" && !w.canPrivileged(t) {
+			theTable.add(line{"not run here", at.name, at.tried, "-", "this machine's runc starts no privileged container; posture_linux.go's table has it on captured answers"})
+			continue
+		}
+		s.starts(t, p.option)
+		w.notBound(t, at, s)
+	}
+}
+
+// canPrivileged says whether this machine has all capabilities to give.
+func (w *world) canPrivileged(t *testing.T) bool {
+	t.Helper()
+	out, _ := dockerCommand(w.runArgs([]string{"--rm", "--privileged"}, "ask", "/none")...).CombinedOutput()
+	return strings.Contains(string(out), "no such file") // the attacker has run
+}
