@@ -61,7 +61,7 @@ const reuses = 100
 func (w *world) numbersAgain(t *testing.T, alice *server) {
 	const last = "/proc/sys/kernel/ns_last_pid"
 	at := attempt{"identity", "a process number used again", "a connection whose maker's number is now of a process in alice's container (ns_last_pid)",
-		broker.UnknownPeer, "ended|no such process"}
+		broker.UnknownPeer, gone + "|cgroup"}
 	if f, err := os.OpenFile(last, os.O_WRONLY, 0); err != nil {
 		theTable.add(line{"not run here", at.name, at.tried, "-", err.Error()})
 		return

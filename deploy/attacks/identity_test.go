@@ -20,6 +20,9 @@ import (
 	"tokenbroker/broker"
 )
 
+// gone is what the audit says of a connection whose maker has ended.
+const gone = "process has ended|no such (file|process)"
+
 func (w *world) identity(t *testing.T, alice *server) {
 	w.looks(t, alice)
 	w.early(t)
@@ -68,7 +71,7 @@ func (w *world) late(t *testing.T) {
 	w.refused(t, attempt{"identity", "after the container has stopped", "another container asks", broker.Pending, "not running"},
 		w.once(t, dave.mount(), "ask", socket))
 	w.oldConnection(t, attempt{"identity", "on a connection from before the stop", "it was passed to a process of the host",
-		broker.UnknownPeer, "ended|not running"}, conn)
+		broker.UnknownPeer, gone + "|not running"}, conn)
 
 	dave.unregister(t)
 	w.kernel(t, attempt{kind: "identity", name: "after the server was unregistered", tried: "another container asks", reason: "no such file|refused"},
@@ -210,7 +213,7 @@ func (w *world) handedOn(t *testing.T) {
 		t.Fatal(err)
 	}
 	rest, _ := io.ReadAll(lines)
-	w.refused(t, attempt{"identity", "a connection whose maker has ended", "passed to mallory's container by SCM_RIGHTS", broker.UnknownPeer, "ended|no such process"},
+	w.refused(t, attempt{"identity", "a connection whose maker has ended", "passed to mallory's container by SCM_RIGHTS", broker.UnknownPeer, gone},
 		read(t, rest, taker.Wait()))
 }
 
@@ -244,7 +247,7 @@ func (w *world) restarts(t *testing.T, _ *server) {
 	defer old.Close()
 	docker(t, "restart", "-t", "0", heidi.name)
 	heidi.served(t)
-	w.oldConnection(t, attempt{"identity", "a connection from before a restart", "the same container runs again and is served", broker.UnknownPeer, "ended"}, old)
+	w.oldConnection(t, attempt{"identity", "a connection from before a restart", "the same container runs again and is served", broker.UnknownPeer, gone}, old)
 	theTable.add(line{"by design", "the same container again", "docker restart, then its new process asks", "200: a token of its user", "token done"})
 	w.restartLoop(t, heidi)
 }

@@ -3,6 +3,7 @@
 package attacks_test
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"testing"
@@ -45,7 +46,7 @@ func (w *world) mounts(t *testing.T, alice *server) {
 // ownDirectory hides a second, writable way to the own directory: who can write
 // there could put another socket in the place of the broker's.
 func (w *world) ownDirectory(t *testing.T, volume, link func(name, dir string) string) {
-	for _, a := range []struct {
+	for i, a := range []struct {
 		name, tried string
 		option      func(s *server) string
 	}{
@@ -57,7 +58,7 @@ func (w *world) ownDirectory(t *testing.T, volume, link func(name, dir string) s
 			return "--volumes-from=" + s.name + "-helper"
 		}},
 	} {
-		s := w.register(t, "main", a.name, "", filepath.Base(t.TempDir())+a.name[len(a.name)-4:])
+		s := w.register(t, "main", a.name, "", fmt.Sprintf("own-%d", i))
 		s.starts(t, a.option(s))
 		w.notBound(t, attempt{kind: "mounts", name: a.name, tried: a.tried, reason: "can write to its server's directory"}, s)
 	}

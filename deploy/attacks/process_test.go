@@ -3,6 +3,7 @@
 package attacks_test
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -109,7 +110,7 @@ func (w *world) hostAsUser(t *testing.T, alice *server, at func(name, tried, rea
 
 // postures are what an attacker's own server is refused for.
 func (w *world) postures(t *testing.T, alice *server) {
-	for _, p := range []struct{ name, option, reason string }{
+	for i, p := range []struct{ name, option, reason string }{
 		{"own server sees the host's processes", "--pid=host", "--pid=host"},
 		{"own server sees alice's processes", "--pid=container:" + alice.name, "--pid=container"},
 		{"own server has SYS_ADMIN", "--cap-add=SYS_ADMIN", "SYS_ADMIN"},
@@ -117,7 +118,7 @@ func (w *world) postures(t *testing.T, alice *server) {
 		{"own server can write to cgroups", "-v=/sys/fs/cgroup:/cg", "cgroups"},
 		{"own server is privileged", "--privileged", "--privileged"},
 	} {
-		s := w.register(t, "main", "posture "+p.option, "", strings.Fields(p.name)[len(strings.Fields(p.name))-1])
+		s := w.register(t, "main", p.name, "", fmt.Sprintf("posture-%d", i))
 		at := attempt{kind: "processes", name: p.name, tried: strings.Replace(p.option, alice.name, "alice", 1), reason: p.reason}
 		if p.option == "--privileged" && !w.canPrivileged(t) {
 			theTable.add(line{"not run here", at.name, at.tried, "-", "this machine's runc starts no privileged container; posture_linux.go's table has it on captured answers"})

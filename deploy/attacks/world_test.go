@@ -36,11 +36,12 @@ const (
 
 // A world is one broker, and all that is around it.
 type world struct {
-	dir     string // configuration, audit and sockets
-	shared  string // a directory that some containers share
-	image   string // its name, and the beginning of all containers' names
-	program string // tokenbroker
-	attack  string // the attacker's program, for the host
+	t       *testing.T // ends with all of the attacks
+	dir     string     // configuration, audit and sockets
+	shared  string     // a directory that some containers share
+	image   string     // its name, and the beginning of all containers' names
+	program string     // tokenbroker
+	attack  string     // the attacker's program, for the host
 	idp     *devidp.Server
 	issuer  string
 	broker  *process
@@ -85,7 +86,7 @@ func newWorld(t *testing.T) *world {
 	t.Helper()
 	need(t)
 	w := &world{
-		dir: makeDir(t), shared: makeDir(t), image: "tbattack-" + strings.ToLower(rand.Text()[:8]),
+		t: t, dir: makeDir(t), shared: makeDir(t), image: "tbattack-" + strings.ToLower(rand.Text()[:8]),
 		owners: map[string]*server{}, given: map[string]*server{},
 	}
 	w.build(t)
@@ -298,13 +299,7 @@ func (w *world) startBroker(t *testing.T) {
 	}
 	go func() { p.cmd.Wait(); close(p.done) }()
 	w.broker = p
-	t.Cleanup(func() {
-		w.stopBroker(p)
-		if t.Failed() {
-			text, _ := os.ReadFile(w.path("log"))
-			t.Logf("the broker's log:\n%s", text[max(0, len(text)-8000):])
-		}
-	})
+	w.t.Cleanup(func() { w.stopBroker(p) })
 	eventually(t, "the broker to serve", func() bool {
 		select {
 		case <-p.done:
