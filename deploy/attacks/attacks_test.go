@@ -101,7 +101,15 @@ func (w *world) judge(t *testing.T) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	tokens, refusals := 0, 0
+	subs := map[string]string{} // of users, by hub, name and provider
 	for _, e := range w.audit(t) {
+		user := fmt.Sprint(e.Hub, " ", e.User, " ", e.Provider)
+		if e.Action == "claim" && e.Outcome == "done" {
+			if sub, ok := subs[user]; ok && sub != e.Sub {
+				t.Errorf("CROSS ISSUE: %s is %s, and was %s", user, e.Sub, sub)
+			}
+			subs[user] = e.Sub
+		}
 		if e.Outcome == "refused" {
 			refusals++
 			if e.Reason == "" {
@@ -120,7 +128,7 @@ func (w *world) judge(t *testing.T) {
 			t.Errorf("CROSS ISSUE: a token of %s (%s) went to the container of %s at %s", e.User, e.Sub, owner.user, owner.hub)
 		case to == nil:
 			t.Errorf("a token of %s was given to somebody whom the tests don't know (pid %d)", e.User, e.PID)
-		case to != owner && to.account != owner.account:
+		case to != owner:
 			t.Errorf("CROSS ISSUE: a token of %s came to %s", owner.user, to.user)
 		}
 	}

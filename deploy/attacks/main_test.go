@@ -20,6 +20,8 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	flag.Set("test.parallel", "8") // they mostly wait for Docker
 	code := m.Run()
 	theTable.print()
 	os.Exit(code)

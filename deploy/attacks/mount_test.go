@@ -74,8 +74,8 @@ func (w *world) herDirectoryForOwn(t *testing.T, alice *server) {
 		"not mount its server's directory but another one"}, "not bound", e)
 	w.refused(t, attempt{"mounts", "the same asks", "on alice's socket", broker.UnknownPeer, otherCgroup}, execIn(t, bob.name, "ask", socket))
 
-	both := w.up(t, "main", "grace", "grace", "-v", alice.dir+":/mnt:ro")
-	w.refused(t, attempt{"mounts", "a bound server with hers beside its own", "asks on alice's socket", broker.UnknownPeer, otherCgroup},
+	both := w.register(t, "main", "grace", "grace", "grace")
+	both.starts(t, "-v", alice.dir+":/mnt:ro")
+	w.refused(t, attempt{"mounts", "a registered server with hers beside its own", "asks on alice's socket", broker.UnknownPeer, otherCgroup},
 		execIn(t, both.name, "ask", "/mnt/broker.sock"))
-	both.served(t)
 }

@@ -221,7 +221,7 @@ func (w *world) startProvider(t *testing.T) {
 }
 
 // accounts are the people at the provider.
-const accounts = "alice bob carol dave erin frank grace heidi ivan judy mallory niaj olivia peggy quentin " +
+const accounts = "alice anna bob carol dave erin frank grace heidi ivan judy mallory niaj olivia peggy quentin " +
 	"rupert sybil trent ursula victor walter wendy xavier yves zoe"
 
 // everything is what a login asks for.
@@ -352,8 +352,14 @@ func docker(t *testing.T, args ...string) string {
 // run starts a container that waits. It needs no network.
 func (w *world) run(t *testing.T, name string, options ...string) (id string) {
 	t.Helper()
+	return w.runs(t, name, options, "sleep")
+}
+
+// runs is run with another command.
+func (w *world) runs(t *testing.T, name string, options []string, command ...string) (id string) {
+	t.Helper()
 	t.Cleanup(func() { dockerCommand("rm", "-f", "-v", name).Run() })
-	return docker(t, w.runArgs(append([]string{"-d", "--name", name}, options...), "sleep")...)
+	return docker(t, w.runArgs(append([]string{"-d", "--name", name}, options...), command...)...)
 }
 
 func (w *world) runArgs(options []string, command ...string) []string {
