@@ -52,10 +52,10 @@ type attempt struct {
 func (w *world) refused(t *testing.T, at attempt, a answer) {
 	t.Helper()
 	if strings.Contains(a.Body+a.Raw, "access_token") {
-		t.Errorf("%s: GOT A TOKEN: %s", at.name, a.Body+a.Raw)
+		t.Errorf("%s: GOT A TOKEN, of %s", at.name, subject(a.said.AccessToken))
 	}
 	if a.said.Code != string(at.code) {
-		t.Errorf("%s: answered %d %s%s, want %s", at.name, a.Status, a.Body, a.Error, at.code)
+		t.Errorf("%s: answered %d %s %s%s, want %s", at.name, a.Status, a.said.Code, a.said.Detail, a.Error, at.code)
 		return
 	}
 	e := w.find(t, "audit line "+a.said.Ref, func(e broker.Entry) bool { return e.Ref == a.said.Ref })
@@ -120,14 +120,15 @@ func (w *world) judge(t *testing.T) {
 			continue
 		}
 		tokens++
-		owner, to := w.owners[e.Container], w.given[e.Token]
+		owner, to := w.owners[e.Container], w.given[e.Ref]
 		switch {
 		case owner == nil:
 			t.Errorf("CROSS ISSUE: a token for %s went to container %.12s, which is nobody's", e.User, e.Container)
 		case owner.user != string(e.User) || owner.hub != string(e.Hub) || e.Sub != "sub-"+owner.account:
 			t.Errorf("CROSS ISSUE: a token of %s (%s) went to the container of %s at %s", e.User, e.Sub, owner.user, owner.hub)
+		case to == nil && owner.unread:
 		case to == nil:
-			t.Errorf("a token of %s was given to somebody whom the tests don't know (pid %d)", e.User, e.PID)
+			t.Errorf("CROSS ISSUE: a token of %s came to somebody whom the tests don't know (pid %d)", e.User, e.PID)
 		case to != owner:
 			t.Errorf("CROSS ISSUE: a token of %s came to %s", owner.user, to.user)
 		}

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"testing"
 
-	"tokenbroker/broker"
 	"tokenbroker/broker/devidp"
 )
 
@@ -102,6 +101,7 @@ type server struct {
 	dir        string
 	generation int64
 	id         string // of its container, full
+	unread     bool   // its processes ask, and don't read or don't live to
 }
 
 // register is what the hub's hook says before a server starts.
@@ -160,14 +160,14 @@ func (s *server) asks(t *testing.T, more ...string) (a answer) {
 	return a
 }
 
-// got notes a token that came to whom it belongs.
+// got notes that a token came to whom it belongs.
 func (s *server) got(a answer) {
 	if a.said.AccessToken == "" {
 		return
 	}
 	s.w.mu.Lock()
 	defer s.w.mu.Unlock()
-	s.w.given[broker.NewSecret(a.said.AccessToken).Fingerprint()] = s
+	s.w.given[a.said.Ref] = s
 }
 
 // up logs somebody in and starts a server that gets tokens.

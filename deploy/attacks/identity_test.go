@@ -253,6 +253,7 @@ func (w *world) restarts(t *testing.T, _ *server) {
 // restartLoop has a container restarted all the time, and its own processes, and
 // a stranger's with its directory, ask all the time.
 func (w *world) restartLoop(t *testing.T, heidi *server) {
+	heidi.unread = true
 	stranger := w.image + "-stranger"
 	w.run(t, stranger, append(heidi.mount(), "-v", w.shared+":/chan")...)
 	done := make(chan struct{})

@@ -20,6 +20,7 @@ import (
 
 func (w *world) protocol(t *testing.T, alice *server) {
 	trudy := w.up(t, "main", "trent", "trent")
+	trudy.unread = true
 	w.browser(t, trudy)
 	w.smuggled(t, trudy)
 	w.otherServices(t, trudy)

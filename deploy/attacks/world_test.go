@@ -48,7 +48,7 @@ type world struct {
 
 	mu     sync.Mutex         // guards what follows
 	owners map[string]*server // of containers, by their full ID
-	given  map[string]*server // tokens, by their fingerprint, to whom they were given
+	given  map[string]*server // answers with a token, by their ref: who got them
 }
 
 // config is what a site writes.
