@@ -71,6 +71,13 @@ func (w *world) refusedBy(t *testing.T, at attempt, said string, e broker.Entry)
 	theTable.add(line{at.kind, at.name, at.tried, said, e.Action + " refused: " + e.Reason})
 }
 
+// issued is what the audit says of an answer with a token.
+func (w *world) issued(t *testing.T, a answer) string {
+	t.Helper()
+	e := w.find(t, "audit line "+a.said.Ref, func(e broker.Entry) bool { return e.Ref == a.said.Ref })
+	return fmt.Sprintf("%s %s: hub %s, user %s, %s, container %.12s, level %s", e.Action, e.Outcome, e.Hub, e.User, e.Sub, e.Container, e.Level)
+}
+
 // kernel checks an attack that never reached the broker.
 func (w *world) kernel(t *testing.T, at attempt, a answer) {
 	t.Helper()

@@ -15,7 +15,7 @@ func (w *world) design(t *testing.T, _ *server) {
 		t.Helper()
 		quentin.got(a)
 		quentin.isOwn(t, a)
-		theTable.add(line{"by design", name, tried, "200: a token of the owner", "token done, in the owner's container"})
+		theTable.add(line{"by design", name, tried, "200: a token of the owner", w.issued(t, a)})
 	}
 	allowed("docker exec", "as root, by somebody with the Docker socket", quentin.asks(t))
 	allowed("the owner's own processes", "passes a connection to her child", execIn(t, quentin.name, "own", socket))
@@ -41,5 +41,5 @@ func (w *world) design(t *testing.T, _ *server) {
 		theTable.add(line{"not run here", "the list in cgroup v2 mode", "this engine has version " + v, "-", "deploy/attacks/engine runs it; spawnerhook's tests have v2 on captured files"})
 	}
 	theTable.add(line{"not protected", "a neighbour who is root on the host", "--pid=host, SYS_ADMIN, SYS_PTRACE: enters her cgroups and namespaces",
-		"200: a token of the victim", "token done: nothing tells it from docker exec"})
+		"200: a token of the victim", w.issued(t, a) + ": nothing tells it from docker exec"})
 }

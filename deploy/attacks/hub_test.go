@@ -97,9 +97,8 @@ func (w *world) names(t *testing.T) {
 
 	here := w.up(t, "main", "same", "yves")
 	there := w.up(t, "other", "same", "zoe")
-	here.served(t)
-	there.served(t)
-	theTable.add(line{"hub", "two hubs with the same user name", "both users' containers ask", "200: each one his own token", "token done, hubs main and other"})
+	a, b := here.served(t), there.served(t)
+	theTable.add(line{"hub", "two hubs with the same user name", "both users' containers ask", "200: each one his own token", w.issued(t, a) + "; " + w.issued(t, b)})
 	w.refused(t, attempt{"hub", "the same name at another hub, on its socket", "the container of other's user asks on main's", broker.UnknownPeer, otherCgroup},
 		w.once(t, here.mount(), "ask", socket))
 

@@ -181,9 +181,11 @@ func (w *world) up(t *testing.T, hub, user, account string, options ...string) *
 }
 
 // served fails the test unless the server gets a token of its own user.
-func (s *server) served(t *testing.T) {
+func (s *server) served(t *testing.T) answer {
 	t.Helper()
-	s.isOwn(t, s.asks(t))
+	a := s.asks(t)
+	s.isOwn(t, a)
+	return a
 }
 
 // isOwn fails the test unless a is a token of the server's own user.

@@ -38,9 +38,8 @@ func (w *world) looks(t *testing.T, alice *server) {
 	like := []string{"--label", "user=alice", "--label", "hub.user=alice", "-e", "JUPYTERHUB_USER=alice",
 		"-e", "JUPYTERHUB_SERVICE_PREFIX=/user/alice/", "--hostname", alice.name}
 	bob := w.up(t, "main", "bob", "bob", like...)
-	a := bob.asks(t)
-	bob.isOwn(t, a)
-	theTable.add(line{"identity", "alice's labels, environment, host name", "bob's container has them, and asks", "200: a token of bob", "token done, user bob"})
+	a := bob.served(t)
+	theTable.add(line{"identity", "alice's labels, environment, host name", "bob's container has them, and asks", "200: a token of bob", w.issued(t, a)})
 
 	at := attempt{"identity", "the same on her socket", "with alice's directory", broker.UnknownPeer, otherCgroup}
 	w.refused(t, at, w.once(t, append(append(like, "--name", w.image+"-main-alice-2"), alice.mount()...), "ask", socket))
@@ -244,9 +243,9 @@ func (w *world) restarts(t *testing.T, _ *server) {
 	old := w.passed(t, func(channel string) { execIn(t, heidi.name, "pass", socket, channel) })
 	defer old.Close()
 	docker(t, "restart", "-t", "0", heidi.name)
-	heidi.served(t)
+	again := heidi.served(t)
 	w.oldConnection(t, attempt{"identity", "a connection from before a restart", "the same container runs again and is served", broker.UnknownPeer, gone}, old)
-	theTable.add(line{"by design", "the same container again", "docker restart, then its new process asks", "200: a token of its user", "token done"})
+	theTable.add(line{"by design", "the same container again", "docker restart, then its new process asks", "200: a token of its user", w.issued(t, again)})
 	w.restartLoop(t, heidi)
 }
 
