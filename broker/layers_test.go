@@ -33,6 +33,7 @@ var layers = map[string]int{
 	"cmd/tokenbroker":   3,
 	"cmd/access-token":  3,
 	"deploy/e2e/ask":    3,
+	"deploy/attacks":    3,
 	"deploy/faultproxy": 3,
 	"deploy/faults":     3,
 }

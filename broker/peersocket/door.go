@@ -28,6 +28,7 @@ type limits struct {
 type door struct {
 	ln         *net.UnixListener
 	path       string
+	file       os.FileInfo // what path was when it was ours; of a server's door
 	limits     limits
 	log        *slog.Logger
 	quiet      quiet

@@ -83,8 +83,8 @@ func directoryName(k broker.ServerKey) string {
 	return hex.EncodeToString(h.Sum(nil)[:16])
 }
 
-// Open listens for k. If it does already but somebody removed the socket, it
-// listens anew.
+// Open listens for k. If it does already but somebody removed the socket, or put
+// something in its place, it listens anew.
 func (s *Servers) Open(k broker.ServerKey) error {
 	dir, err := s.Directory(k)
 	if err != nil {
@@ -98,7 +98,7 @@ func (s *Servers) Open(k broker.ServerKey) error {
 		return net.ErrClosed
 	}
 	if d := s.open[k]; d != nil {
-		if _, err := os.Lstat(path); err == nil {
+		if now, err := os.Lstat(path); err == nil && os.SameFile(now, d.file) {
 			return nil
 		}
 		d.close()
@@ -112,7 +112,13 @@ func (s *Servers) Open(k broker.ServerKey) error {
 	if err != nil {
 		return fmt.Errorf("open %s: %w", k, err)
 	}
+	file, err := os.Lstat(path)
+	if err != nil {
+		ln.Close()
+		return fmt.Errorf("open %s: %w", k, err)
+	}
 	d := newDoor(ln, path, s.limits, s.log.With("server", k.String()), s.grpc, s.http)
+	d.file = file
 	d.stamp = func(p *broker.Peer) { p.Server = k }
 	d.start()
 	s.open[k] = d

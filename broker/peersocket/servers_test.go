@@ -282,6 +282,40 @@ func TestOpenAgain(t *testing.T) {
 	accept(t, s.HTTP())
 }
 
+// A container that could write to the directory has put something in the socket's
+// place.
+func TestOpenAgainPutsTheSocketBack(t *testing.T) {
+	for name, plant := range map[string]func(path, target string) error{
+		"a link": func(path, target string) error { return os.Symlink(target, path) },
+		"a file": func(path, _ string) error { return os.WriteFile(path, nil, 0o600) },
+		"a socket": func(path, _ string) error {
+			l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+			if err == nil {
+				t.Cleanup(func() { l.Close() })
+				l.SetUnlinkOnClose(false)
+			}
+			return err
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, dir := newServers(t)
+			path, target := open(t, s, alice), filepath.Join(dir, "target")
+			if err := os.WriteFile(target, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(os.Remove(path), plant(path, target)); err != nil {
+				t.Fatal(err)
+			}
+			open(t, s, alice)
+			dial(t, path, sayHTTP)
+			accept(t, s.HTTP())
+			if info, err := os.Stat(target); err != nil || info.Mode().Perm() != 0o600 {
+				t.Errorf("the link's target: %v, %v", info, err)
+			}
+		})
+	}
+}
+
 func TestModesDoNotDependOnTheUmask(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0o077))
 	s, dir := newServers(t)
