@@ -75,7 +75,7 @@ func (b *Broker) until(ctx context.Context, moved <-chan struct{}, d time.Durati
 	case <-moved:
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-b.closing:
+	case <-b.left:
 		return Errorf(Unavailable, "the token broker is being restarted")
 	}
 	return nil
