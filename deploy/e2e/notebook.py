@@ -12,7 +12,7 @@ from refstack.stack import CHECKOUT, EVENTS_EVERY
 
 STORAGE = "/v1/token/keycloak?audience=storage"
 BY_EVENTS = EVENTS_EVERY + 1  # seconds: what is promised where Keycloak's events are read
-MARGIN = 4  # seconds that two busy cores may take on top of what is promised
+MARGIN = 5  # seconds that two busy cores may take on top of what is promised
 
 # What runs in the notebook.
 ASK = """
@@ -88,8 +88,8 @@ class Notebook:
             f"since = time.time(); time.sleep({seconds})\n"
             "print(json.dumps([code for at, code, _ in list(answers) if at > since]))")))
 
-    def has_tokens(self, within=BY_EVENTS):
-        code, after, _ = self.until("== 'token'", time.time(), within)
+    def has_tokens(self):
+        code, after, _ = self.until("== 'token'", time.time(), 60)
         assert code == "token", (code, after)
 
     def refused(self, what, do, within=BY_EVENTS):

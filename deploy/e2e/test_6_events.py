@@ -177,7 +177,7 @@ def test_the_timeline_that_deploy_stack_prints(stack, alice):
     print(done.stdout)
     assert done.returncode == 0, done.stderr
     told = [line.split(" s  ")[1] for line in done.stdout.splitlines()[:-1]]
-    expected = ["alice     has logged in", "notebook  gets a token", "Keycloak  role researcher removed", "broker    gone: keycloak:roles/researcher",
+    expected = ["notebook  gets a token", "Keycloak  role researcher removed", "broker    gone: keycloak:roles/researcher",
                 "notebook  refused: ", "Keycloak  role researcher given back", "broker    gained: keycloak:roles/researcher",
                 "notebook  gets a token"]
     assert [line[:len(start)] for line, start in zip(told, expected)] == expected, done.stdout
