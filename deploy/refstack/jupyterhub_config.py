@@ -60,6 +60,7 @@ c.DockerSpawner.extra_create_kwargs = {"labels": {"tokenbroker.stack": stack["na
 c.DockerSpawner.remove = True
 c.DockerSpawner.notebook_dir = "/home/jovyan"
 c.DockerSpawner.start_timeout = 120
+c.DockerSpawner.http_timeout = 120  # a busy machine may take a minute until the server answers
 
 
 def hand_over(spawner, auth_state):
