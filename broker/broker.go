@@ -88,6 +88,8 @@ type Broker struct {
 	committing  marked[GrantKey] // answers between the journal and the store
 	bells       bells[string]    // at grants that another broker refreshes
 
+	leave   sync.Once     // closes left
+	left    chan struct{} // closed by EndWatches
 	closing chan struct{} // closed by Close
 	work    crew
 	stop    context.CancelFunc // ends Watch, the recheck and what listens
@@ -112,6 +114,7 @@ func New(cfg Config) (*Broker, error) {
 		pulse:     pulse{store: cfg.Store, hints: make(chan struct{}, 1)},
 		settler:   settler{store: cfg.Store},
 		slots:     make(chan struct{}, 8),
+		left:      make(chan struct{}),
 		closing:   make(chan struct{}),
 		stop:      func() {},
 	}
@@ -216,10 +219,15 @@ func (b *Broker) Start(ctx context.Context) error {
 	return nil
 }
 
+// EndWatches ends the open Watches, and those that begin later. Whoever waits for
+// requests under way calls it first: a Watch has no end of its own.
+func (b *Broker) EndWatches() { b.leave.Do(func() { close(b.left) }) }
+
 // Close stops watching and returns when the refreshes under way have ended, so
 // that no answer of a provider is lost. Sockets and Store stay open; whoever
 // made them closes them afterwards. It is called once.
 func (b *Broker) Close() {
+	b.EndWatches()
 	close(b.closing)
 	b.stop()
 	b.work.wait()

@@ -76,7 +76,7 @@ func (b *Broker) until(ctx context.Context, moved, changed <-chan struct{}, d ti
 	case <-changed:
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-b.closing:
+	case <-b.left:
 		return Errorf(Unavailable, "the token broker is being restarted")
 	}
 	return nil

@@ -165,8 +165,11 @@ func TestWatchEndsWhereThereIsNoUseInWaiting(t *testing.T) {
 		p = r.running("alice", 101)
 		w = r.watch(p, broker.Want{})
 		w.tells("token", time.Second)
-		r.Close()
+		r.EndWatches() // what is under way goes on, and nobody waits for a Watch
 		w.ends(broker.ErrUnavailable, time.Second)
+		r.watch(p, broker.Want{}).ends(broker.ErrUnavailable, time.Second)
+		r.token(p, broker.Want{})
+		r.Close()
 		r.start()
 	})
 }

@@ -373,6 +373,7 @@ func serve(ctx context.Context, cfg *Config, stdout io.Writer, log *slog.Logger,
 	}
 	stop()
 	watch.Wait() // nobody hints at what is closed
+	b.EndWatches()
 	d.drain()
 	b.Close() // refreshes under way end and are stored
 	return err

@@ -12,6 +12,7 @@ import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
+from notebook import Notebook  # noqa: E402
 from people import Browser, Hub, Keycloak, Server  # noqa: E402
 from refstack.stack import BROKER, OLD_WAY, STATE, Stack  # noqa: E402
 
@@ -63,6 +64,23 @@ def alice(hub):
 def bob(hub):
     """Bob's running server. He is a student."""
     return logged_in(hub, "bob")
+
+
+@pytest.fixture(scope="session")
+def carol(hub, keycloak):
+    """Carol's notebook, which asks all the time. She is a researcher.
+
+    From then on tokens live long, or their end alone would show a change; so tests that wait for the end of tokens
+    come before those that use her.
+    """
+    keycloak.token_life(290)
+    carol = Notebook(hub, keycloak)
+    try:
+        carol.wait_for_long_tokens()
+        yield carol
+    finally:
+        keycloak.token_life(TOKEN_LIFE)
+        carol.stop()
 
 
 def logged_in(hub, user):
@@ -159,7 +177,19 @@ def faults(stack):
     faults.clear()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: takes minutes; LONG=1 in the environment runs it")
+
+
 def pytest_collection_modifyitems(config, items):
+    if not os.environ.get("LONG"):
+        long = [item for item in items if item.get_closest_marker("long")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
+    real_parts(items)
+
+
+def real_parts(items):
     """Without the real parts there is nothing to test: a laptop may skip, CI fails."""
     if os.geteuid() == 0 and (STATE / "image").exists():
         return

@@ -6,6 +6,7 @@ import json
 import re
 import time
 import uuid
+from datetime import datetime
 from urllib.parse import parse_qs, quote, urljoin, urlsplit
 
 import requests
@@ -154,6 +155,11 @@ class Server:
         finally:
             ws.close()
 
+    def end_kernel(self):
+        """End the kernel and with it all that runs in it."""
+        self.api("DELETE", f"kernels/{self._kernel}").raise_for_status()
+        self._kernel = None
+
     def sh(self, command):
         """Run a shell command in the kernel; returns (exit code, stdout and stderr)."""
         out = self.run(
@@ -206,6 +212,12 @@ def wait_until_expired(*tokens):
     wait_for("end of the tokens", lambda: time.time() > end + 1.5, 90)
 
 
+def since_1970(text):
+    """The seconds of a time as Go writes it, which may have more digits than Python reads."""
+    whole, _, fraction = text.removesuffix("Z").partition(".")
+    return datetime.fromisoformat(whole + "+00:00").timestamp() + float(f"0.{fraction or 0}")
+
+
 class Keycloak:
     """The provider, past the counting proxy: as its administrator, and as a service that is sent tokens."""
 
@@ -232,6 +244,10 @@ class Keycloak:
                                     headers={"Authorization": f"Bearer {token}"}, **kwargs)
         response.raise_for_status()
         return response
+
+    def token_life(self, seconds):
+        """Gives the realm's access tokens another life, from the next one on."""
+        self.admin("PUT", "", json={**self.admin("GET", "").json(), "accessTokenLifespan": seconds})
 
     def end_sessions(self, user):
         """What an administrator does who clicks on "Sign out"."""

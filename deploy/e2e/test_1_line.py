@@ -1,18 +1,17 @@
 """The straight line: a person logs in, starts a server, and code in it gets tokens."""
 
 import hashlib
-import io
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
 
+import notebook
 from leaks import auth_states
 from people import Browser, Refused, claims
 from refstack.docker import inspect
 from refstack.process import wait_for
-from refstack.stack import BROKER, CHECKOUT, go_build
+from refstack.stack import BROKER, go_build
 
 
 def test_the_hub_holds_a_handle_and_no_refresh_token(stack, alice):
@@ -71,15 +70,7 @@ def test_the_same_token_is_answered_again(alice, faults):
 
 @pytest.fixture(scope="session")
 def python_client(alice):
-    """Our Python package in alice's home, as one file that Python imports from."""
-    package = io.BytesIO()
-    source = CHECKOUT / "client/python"
-    with zipfile.ZipFile(package, "w") as z:
-        for path in sorted(source.rglob("*.py")):
-            if "tests" not in path.relative_to(source).parts:
-                z.write(path, path.relative_to(source))
-    alice.put_bytes("tokenbroker.zip", package.getvalue())
-    return "import sys; sys.path.insert(0, '/home/jovyan/tokenbroker.zip')\n"
+    return notebook.python_client(alice)
 
 
 def test_the_python_client_gets_a_token(alice, python_client, keycloak):
@@ -190,7 +181,7 @@ def test_a_login_that_the_hub_refuses_leaves_no_grant(stack, hub, faults, admin)
     assert faults.count("token/authorization_code") == before + 1, "the code was exchanged"
     assert "mallory" not in auth_states(stack, BROKER)
     grants = admin("sessions", "list").get("grants", [])
-    assert {g.get("user") for g in grants if g["state"] == "GRANT_STATE_LIVE"} <= {"alice", "bob", "carol"}
+    assert {g.get("user") for g in grants if g["state"] == "GRANT_STATE_LIVE"} <= {"alice", "bob", "carol", "dave"}
     assert not [g for g in grants if g.get("user") == "mallory"]
 
 

@@ -1,118 +1,47 @@
 """Rights that change at Keycloak are seen by its events: from the administrator's answer to the last token that a
 notebook gets. It comes late: tokens of its long life would keep other tests waiting for their end."""
 
-import html
 import json
-import re
+import subprocess
 import time
-from urllib.parse import urljoin
 
 import pytest
 import requests
 
-from people import Browser, claims
+from notebook import MARGIN, Notebook
+from people import Browser, since_1970
 from refstack.process import wait_for
-from refstack.stack import EVENTS_EVERY
+from refstack.stack import CHECKOUT
 
-STORAGE = "/v1/token/keycloak?audience=storage"
 CODE = "token/authorization_code"
-WITHIN = EVENTS_EVERY + 1  # what is promised
-MARGIN = 4  # what two busy cores may take on top
-
-# What runs in the notebook: it asks for a token ten times a second, all the time.
-ASK = """
-import http.client, json, socket, threading, time
-
-class Broker(http.client.HTTPConnection):
-    def connect(self):
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.connect("/run/tokenbroker/broker.sock")
-
-answers = [(time.time(), "nothing yet")]
-
-def ask():
-    while True:
-        broker = Broker("localhost")
-        try:
-            broker.request("GET", "/v1/token/keycloak?audience=storage")
-            answers.append((time.time(), json.loads(broker.getresponse().read()).get("code", "token")))
-        except OSError:
-            answers.append((time.time(), "broker_down"))
-        broker.close()
-        time.sleep(0.1)
-
-threading.Thread(target=ask, daemon=True).start()
-
-def until(good, since, seconds):
-    while time.time() < since + seconds:
-        ours = [(at - since, code) for at, code in list(answers) if at > since]
-        for i, (at, code) in enumerate(ours):
-            if good(code):
-                return code, at, max([0.0] + [t for t, c in ours[:i] if c == "token"])
-        time.sleep(0.05)
-    return ours[-1][1] + ", still", seconds, seconds
-"""
 
 
-class Notebook:
-    """Carol's, while something is done to her."""
+@pytest.fixture
+def untold(keycloak):
+    """Keycloak tells of no logouts, so that only its events do."""
+    client = keycloak.admin("GET", "/clients?clientId=jupyterhub").json()[0]
+    url = client["attributes"]["backchannel.logout.url"]
 
-    def __init__(self, hub, keycloak):
-        self.hub, self.keycloak = hub, keycloak
-        Browser().log_in(hub.url, "carol")
-        self.server = hub.spawn("carol")
-        self.id = keycloak.admin("GET", "/users?username=carol&exact=true").json()[0]["id"]
-        self.role = keycloak.admin("GET", "/roles/researcher").json()
-        # Tokens must outlive what is measured, or their end alone would show the change.
-        wait_for("a token of the new life", lambda: claims(self.server.ask(STORAGE).token)["exp"] - time.time() > 200, 90)
-        self.server.run(ASK)
+    def tell(url):
+        keycloak.admin("PUT", f"/clients/{client['id']}", json={
+            **client, "attributes": {**client["attributes"], "backchannel.logout.url": url}})
 
-    def until(self, good, since, within=WITHIN):
-        """(code, first such answer, last token before it), in seconds after since."""
-        return json.loads(self.server.run(
-            f"print(json.dumps(until(lambda code: code {good}, {since}, {within + MARGIN})))"))
-
-    def has_tokens(self):
-        code, after, _ = self.until("== 'token'", time.time())
-        assert code == "token", (code, after)
-
-    def refused(self, what, do):
-        """What the notebook is told after something was done."""
-        self.has_tokens()
-        do()
-        code, _, last = self.until("!= 'token'", time.time())
-        print(f"{what} → the last token {last:.1f} s later, then {code}")
-        assert code in ("denied", "login_required", "revoked"), code
-        return code
-
-    def served(self, what, do, within=WITHIN):
-        """The notebook gets tokens again, without a login or a restart."""
-        do()
-        code, first, _ = self.until("== 'token'", time.time(), within)
-        print(f"{what} → a token {first:.1f} s later")
-        assert code == "token", code
-
-    def admin(self, method, path, **kwargs):
-        return self.keycloak.admin(method, f"/users/{self.id}{path}", **kwargs)
-
-    def has_role(self, yes, role=None):
-        self.admin("POST" if yes else "DELETE", "/role-mappings/realm", json=[role or self.role])
-
-    def log_in(self):
-        Browser().log_in(self.hub.url, "carol")
-        self.has_tokens()
+    tell("")
+    yield
+    tell(url)
 
 
-@pytest.fixture(scope="module")
-def carol(hub, keycloak):
-    life = keycloak.admin("GET", "").json()["accessTokenLifespan"]
-    set_life = lambda seconds: keycloak.admin("PUT", "", json={**keycloak.admin("GET", "").json(), "accessTokenLifespan": seconds})  # noqa: E731
-    set_life(290)
-    try:
-        yield Notebook(hub, keycloak)
-    finally:
-        set_life(life)
-        hub.stop_server("carol")
+@pytest.fixture(scope="module", autouse=True)
+def dave(hub, keycloak):
+    """A user who works, and is then deleted at the hub. Returns when that was.
+
+    It is long ago when the last test asks what came of it: the broker asks the hub once a minute, and believes it the
+    second time.
+    """
+    dave = Notebook(hub, keycloak, "dave")
+    dave.has_tokens()
+    assert hub.api("DELETE", "/users/dave").status_code == 204
+    return time.time()
 
 
 def seen_by(audit, cause):
@@ -166,27 +95,21 @@ def test_a_user_switched_off_and_on_again(carol, faults):
     assert faults.count(CODE) == codes, "no login was needed"
 
 
-def test_sessions_ended_by_an_administrator(carol, keycloak):
+def test_sessions_ended_by_an_administrator(carol, keycloak, untold):
     def end_each():
         for session in carol.admin("GET", "/sessions").json():
             keycloak.admin("DELETE", f"/sessions/{session['id']}")
 
     assert carol.refused("session deleted", end_each) == "login_required"
     carol.log_in()
-    assert carol.refused("logged out by an administrator", lambda: carol.admin("POST", "/logout")) == "login_required"
+    assert carol.refused("logged out by an administrator", lambda: keycloak.end_sessions("carol")) == "login_required"
     carol.log_in()
 
 
-def test_the_users_own_logout_at_keycloak(stack, hub, carol):
+def test_the_users_own_logout_at_keycloak(stack, hub, carol, untold):
     browser = Browser()
     browser.log_in(hub.url, "carol")
-    def log_out():
-        page = browser.open(f"{stack.issuer}/protocol/openid-connect/logout")
-        form = urljoin(page.url, html.unescape(re.search(r'<form[^>]*action="([^"]+)"', page.text)[1]))
-        code = re.search(r'name="session_code" value="([^"]*)"', page.text)[1]
-        assert browser.open(form, {"session_code": code, "confirmLogout": "Logout"}).status_code == 200
-
-    assert carol.refused("the user's own logout", log_out) == "login_required"
+    assert carol.refused("the user's own logout", lambda: browser.log_out(stack.issuer)) == "login_required"
     carol.log_in()
 
 
@@ -201,18 +124,6 @@ def test_a_token_revoked_at_keycloak_by_somebody_else(stack, carol, keycloak, fa
 
     assert carol.refused("refresh token revoked", revoke) == "login_required"
     carol.log_in()
-
-
-def test_what_changed_while_no_broker_ran(stack, carol):
-    carol.has_tokens()
-    stack.stop("broker")
-    carol.has_role(False)
-    since = time.time()
-    stack.start("broker")
-    code, first, last = carol.until("== 'denied'", since)
-    print(f"role removed while no broker ran → denied {first:.1f} s after its start, the last token {last:.1f} s after it")
-    assert code == "denied"
-    carol.served("role given back", lambda: carol.has_role(True))
 
 
 def test_a_user_deleted(carol, keycloak):
@@ -259,3 +170,35 @@ def test_a_service_account_without_its_role_is_named_and_changes_nothing(stack, 
     finally:
         keycloak.admin("POST", mapping, json=[role])
     wait_for("its end", lambda: part().get("ok"), 75)
+
+
+def test_the_timeline_that_deploy_stack_prints(stack, alice):
+    done = subprocess.run([CHECKOUT / "deploy/stack", "timeline", stack.link], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    told = [line.split(" s  ")[1] for line in done.stdout.splitlines()[:-1]]
+    expected = ["notebook  gets a token", "Keycloak  role researcher removed", "broker    gone: keycloak:roles/researcher",
+                "notebook  refused: ", "Keycloak  role researcher given back", "broker    gained: keycloak:roles/researcher",
+                "notebook  gets a token"]
+    assert [line[:len(start)] for line, start in zip(told, expected)] == expected, done.stdout
+
+
+def test_a_user_deleted_at_the_hub(hub, dave, admin, audit):
+    """Nothing of Keycloak's, but the tests before take the time that it takes."""
+    def lines(action):
+        return [line for line in map(json.loads, audit(f'"action":"{action}"'))
+                if line.get("user") == "dave" and line["outcome"] == "done"]
+
+    def after(line):
+        return since_1970(line["time"]) - dave
+
+    ended = wait_for("the end of his grant", lambda: lines("disconnect"), 120 + MARGIN)[0]
+    print(f"user deleted at the hub → the last token {after(lines('token')[-1]):+.1f} s from the answer (the hub itself stops his "
+          f"server), his session ended {after(ended):.1f} s after it; promised 120 s")
+    assert after(lines("token")[-1]) < 1 and after(ended) < 120 + MARGIN
+    assert ended["by"] == "hub main: it has no such user any more"
+    wait_for("its end at Keycloak", lambda: not live(admin, "dave"))
+
+
+def live(admin, user):
+    return [g for g in admin("sessions", "list", "--user", user).get("grants", []) if g["state"] == "GRANT_STATE_LIVE"]

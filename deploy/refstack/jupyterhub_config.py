@@ -32,7 +32,13 @@ c.ConfigurableHTTPProxy.should_start = False
 c.ConfigurableHTTPProxy.api_url = f"http://127.0.0.1:{mine['proxy_api_port']}"
 c.ConfigurableHTTPProxy.auth_token = secret("proxy-token")
 c.JupyterHub.allow_named_servers = True
-c.JupyterHub.services = [{"name": "stack", "api_token": secret("api-token"), "admin": True}]
+c.JupyterHub.services = [
+    {"name": "stack", "api_token": secret("api-token"), "admin": True},
+    {"name": "tokenbroker", "api_token": secret("broker-token")},
+]
+c.JupyterHub.load_roles = [
+    {"name": "tokenbroker", "services": ["tokenbroker"], "scopes": ["list:users", "read:servers", "delete:servers"]},
+]
 
 c.JupyterHub.authenticator_class = "generic-oauth"
 c.GenericOAuthenticator.client_id = mine["client_id"]
@@ -54,6 +60,7 @@ c.DockerSpawner.extra_create_kwargs = {"labels": {"tokenbroker.stack": stack["na
 c.DockerSpawner.remove = True
 c.DockerSpawner.notebook_dir = "/home/jovyan"
 c.DockerSpawner.start_timeout = 120
+c.DockerSpawner.http_timeout = 120  # a busy machine may take a minute until the server answers
 
 
 def hand_over(spawner, auth_state):

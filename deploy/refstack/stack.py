@@ -32,10 +32,16 @@ from .process import Process, wait_for
 CHECKOUT = Path(__file__).resolve().parents[2]
 STATE = CHECKOUT / ".state"
 REALM = "lab"
-USERS = ("alice", "bob", "carol")  # may use the hub; mallory may not
+USERS = ("alice", "bob", "carol", "dave")  # may use the hub; mallory may not
 EVENTS_EVERY = 5  # seconds from one look at Keycloak's events to the next
 OLD_WAY = "old"  # a hub that hands refresh tokens to containers, as before the broker
 BROKER = "broker"
+
+POLICY = """\
+  - {roles: [researcher], provider: keycloak, audiences: [storage], scopes: [storage], max_ttl: 5m}
+  - {roles: [researcher], provider: keycloak, audiences: [compute], scopes: [compute], max_ttl: 5m}
+  - {provider: keycloak, scopes: [openid, profile], max_ttl: 5m}
+"""
 
 # A Unix socket's path has 107 bytes, and 64 of them we need below a directory.
 LONGEST_DIRECTORY = 107 - 64
@@ -56,12 +62,14 @@ def answers(url):
         return False
 
 
-def unix_answers(path):
-    """Whether somebody listens on a Unix socket."""
+def unix_answers(path, question=b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+    """Whether somebody answers on a Unix socket. To listen is less: the broker listens before it has restored its servers."""
     with socket.socket(socket.AF_UNIX) as s:
+        s.settimeout(5)
         try:
             s.connect(str(path))
-            return True
+            s.sendall(question)
+            return bool(s.recv(1))
         except OSError:
             return False
 
@@ -101,6 +109,7 @@ class Stack:
         """Start everything and return when it answers.
 
         image is one that deploy/setup made; race builds the broker with Go's race detector.
+        HUB in the environment is the version of JupyterHub, as for deploy/setup.
         """
         if self.settings:
             raise RuntimeError(f"there is a stack in {self.link} already; take it down first")
@@ -112,12 +121,12 @@ class Stack:
             self._declare()
             for name in ("redis", "keycloak", "faultproxy"):
                 self.processes[name].start()
-            self._wait("redis", lambda: unix_answers(self.dir / "redis.sock"))
+            self._until("redis")
             if BROKER in hubs:
                 self.start("broker")
             for hub in hubs:
                 self.processes[f"proxy-{hub}"].start()
-            self._wait("keycloak", lambda: answers(self.issuer + "/.well-known/openid-configuration"), 240)
+            self._until("keycloak")
             for hub in hubs:
                 self.start(f"hub-{hub}")
         except BaseException:
@@ -128,10 +137,16 @@ class Stack:
     def start(self, name):
         """Start one process and wait until it does its work."""
         self.processes[name].start()
+        self._until(name)
+
+    def _until(self, name):
+        """Wait until a process does its work."""
         if name == "broker":
-            self._wait("broker", lambda: unix_answers(self.dir / "hubs/main/hub.sock"))
+            self._wait(name, lambda: unix_answers(self.dir / "hubs/main/hub.sock"))
         elif name == "redis":
-            self._wait("redis", lambda: unix_answers(self.dir / "redis.sock"))
+            self._wait(name, lambda: unix_answers(self.dir / "redis.sock", b"PING\r\n"))
+        elif name == "keycloak":
+            self._wait(name, lambda: answers(self.issuer + "/.well-known/openid-configuration"), 240)
         elif name.startswith("hub-"):
             hub = name.removeprefix("hub-")
             self._wait(name, lambda: answers(self.settings["hubs"][hub]["url"] + "/hub/health"))
@@ -142,6 +157,12 @@ class Stack:
     def restart(self, name):
         self.stop(name)
         self.start(name)
+
+    def configure(self, **changes):
+        """Restart the broker with another on_logout or policy; without changes, with its own again."""
+        self.stop("broker")
+        write(self.dir / "tokenbroker.yaml", self._broker_config(**changes))
+        self.start("broker")
 
     def down(self, keep_logs=False):
         """Stop and remove everything, in the reverse order of up."""
@@ -199,12 +220,14 @@ class Stack:
         name = "tb-" + hashlib.sha256(str(self.dir).encode()).hexdigest()[:8]
         docker("network", "rm", name, check=False)
         docker("network", "create", "--label", f"tokenbroker.stack={name}", name)
+        suffix = f"-{os.environ['HUB']}" if os.environ.get("HUB") else ""
         gateway = docker("network", "inspect", "--format", "{{(index .IPAM.Config 0).Gateway}}", name)
         self.settings = {
             "name": name,
             "network": name,
             "gateway": gateway,
-            "image": (STATE / image).read_text().strip(),
+            "image": (STATE / (image + suffix)).read_text().strip(),
+            "hub_python": str(STATE / f"hub{suffix}/bin/python"),
             "token_life": token_life,
             "refresh_age": refresh_age,
             "keycloak_port": free_port("127.0.0.1"),
@@ -227,7 +250,7 @@ class Stack:
         for name in ("storage-secret", "compute-secret", "tokenbroker-events-secret", "keycloak-admin"):
             write(self.dir / "secrets" / name, secrets.token_urlsafe(32))
         for hub in self.settings["hubs"]:
-            for name in ("client-secret", "proxy-token", "api-token"):
+            for name in ("client-secret", "proxy-token", "api-token", "broker-token"):
                 write(self.dir / "secrets" / f"{hub}-{name}", secrets.token_urlsafe(32))
             write(self.dir / "secrets" / f"{hub}-crypt-key", secrets.token_hex(32))
         write(self.dir / "redis.conf", self._redis_conf())
@@ -287,7 +310,7 @@ class Stack:
         realm["clients"] = clients
         return realm
 
-    def _broker_config(self):
+    def _broker_config(self, on_logout="keep", policy=POLICY):
         """The stack's own broker configuration; deploy/site has one to start from."""
         d, s = self.dir, self.settings
         return f"""\
@@ -299,6 +322,8 @@ hubs:
     socket: {d}/hubs/main/hub.sock
     uid: {os.getuid()}
     login: keycloak
+    on_logout: {on_logout}
+    api: {{url: "{s['hubs'][BROKER]['url']}/hub/api", token_file: {d}/secrets/{BROKER}-broker-token}}
 logout: {{address: "127.0.0.1:{s['logout_port']}"}}
 servers:
   directory: {d}/servers
@@ -321,10 +346,7 @@ providers:
     adopt: true
     events: {{client_id: tokenbroker-events, client_secret_file: {d}/secrets/tokenbroker-events-secret, every: {EVENTS_EVERY}s}}
 policy:
-  - {{roles: [researcher], provider: keycloak, audiences: [storage], scopes: [storage], max_ttl: 5m}}
-  - {{roles: [researcher], provider: keycloak, audiences: [compute], scopes: [compute], max_ttl: 5m}}
-  - {{provider: keycloak, scopes: [openid, profile], max_ttl: 5m}}
-"""
+{policy}"""
 
     # -- the processes -----------------------------------------------------
 
@@ -346,7 +368,9 @@ policy:
 
     def _keycloak(self):
         self._process("keycloak", [
+            # dev-mem is what deploy/setup has built it for; the URL has it keep its state when it restarts.
             "bash", self.dir / "keycloak/bin/kc.sh", "start-dev", "--db=dev-mem", "--import-realm",
+            f"--db-url=jdbc:h2:file:{self.dir}/keycloak/data/h2;NON_KEYWORDS=VALUE",
             "--http-host=127.0.0.1", f"--http-port={self.settings['keycloak_port']}",
             f"--hostname={self.settings['issuer_base']}",
         ], env={
@@ -379,7 +403,7 @@ policy:
         directory = self.dir / f"hub-{hub}"
         directory.mkdir(exist_ok=True, mode=0o700)
         self._process(f"hub-{hub}", [
-            STATE / "hub/bin/python", "-m", "jupyterhub", "--debug",
+            self.settings["hub_python"], "-m", "jupyterhub", "--debug",
             "-f", CHECKOUT / "deploy/refstack/jupyterhub_config.py",
         ], env={
             "PATH": f"{STATE}/node/bin:{os.environ['PATH']}",
