@@ -75,8 +75,8 @@ type Lease struct {
 type Mark struct {
 	Attempt string // who, unique
 	Lost    bool   // an earlier attempt with the same token got no answer
-	// Rest is until when the token is not sent again, unless the retry gets an
-	// answer. Zero: at once.
+	// Rest is until when the token is not sent again: its retry was lost, too,
+	// unless it is under way, or the account is disabled. Zero: at once.
 	Rest time.Time
 }
 
@@ -215,11 +215,14 @@ func (g *Grant) spendable(issuer string, now time.Time) error {
 		return g.usable(issuer)
 	case g.Refresh.IsZero():
 		return Errorf(LoginRequired, "%s gave no refresh token at your login", p)
-	case g.State == GrantDisabled && now.Sub(g.Since) < disabledFor:
+	case g.offRests() && g.Mark.Rest.After(now):
 		return disabled(p)
 	}
 	return g.resting(p, now)
 }
+
+// offRests says whether Mark.Rest is that of a disabled account, and not of a retry.
+func (g *Grant) offRests() bool { return g.State == GrantDisabled && g.Mark.Attempt == "" }
 
 // end takes g's rights away with a reason. What was decided before is void. An
 // answer may still be on its way, so lease and mark stay.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -61,6 +62,58 @@ func TestAHintAboutASessionThatEndedAsksForALogin(t *testing.T) {
 		r.provider.EndSession("alice")
 		r.lookNow("alice")
 		r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+	})
+}
+
+// Requests let a disabled account rest. A hint may be that it was switched on.
+func TestAHintAboutADisabledAccountIsFollowedAtOnce(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		off := brokertest.Answer{Err: &broker.ProviderError{Class: broker.Disabled}}
+		r.provider.Next(off)
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		r.provider.Next(off)
+		r.lookNow("alice") // of something else
+		if g := r.grant("alice"); g.State != broker.GrantDisabled || r.provider.Calls("refresh") != 2 {
+			t.Errorf("the grant is %s after %d refreshes, want two that found it disabled", g.State, r.provider.Calls("refresh"))
+		}
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		if n := r.provider.Calls("refresh"); n != 2 {
+			t.Errorf("%d refreshes: a request does not let the account rest", n)
+		}
+		before := r.log.String()
+		r.lookNow("alice")
+		if g := r.grant("alice"); g.State != broker.Live {
+			t.Errorf("the grant is %s", g.State)
+		}
+		r.token(p, broker.Want{})
+		if said := strings.TrimPrefix(r.log.String(), before); strings.Contains(said, "WARN") {
+			t.Errorf("the log complains: %s", said)
+		}
+	})
+}
+
+// What rests because a retry got no answer rests also for hints.
+func TestAHintDoesNotShortenTheRestAfterALostRetry(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		expire()
+		lost := brokertest.Answer{Err: &broker.ProviderError{Class: broker.Lost}}
+		r.provider.Next(brokertest.Answer{Err: &broker.ProviderError{Class: broker.Disabled}})
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		r.provider.Next(lost, lost)
+		r.lookNow("alice")
+		n := r.provider.Calls("refresh")
+		if n != 3 {
+			t.Fatalf("%d refreshes, want the first, the lost one and its retry", n)
+		}
+		r.lookNow("alice")
+		if r.provider.Calls("refresh") != n {
+			t.Error("the token was sent again")
+		}
 	})
 }
 

@@ -79,7 +79,7 @@ func (g *Grant) refreshAhead(now time.Time, running []HostID) Outlook {
 	case g.Lease.Until.After(now):
 		return Outlook{Next: NextRefreshing, At: g.Lease.Until, Says: fmt.Sprintf("being refreshed by %s until %s at the latest",
 			cmp.Or(g.Lease.Host, "a broker"), clock(g.Lease.Until, now))}
-	case g.Mark.Rest.After(now):
+	case g.Mark.Rest.After(now) && !g.offRests():
 		return Outlook{Next: NextRetry, At: g.Mark.Rest, Says: "a refresh and its retry got no answer; the next one, not before " +
 			clock(g.Mark.Rest, now) + ", tells"}
 	case g.End.Fixed && g.Expires.After(now):

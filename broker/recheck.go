@@ -228,6 +228,8 @@ func (b *Broker) lookOnce(ctx context.Context, k GrantKey, cause string) error {
 	l, id, err := b.lookAt(ctx, k)
 	var pe *ProviderError
 	switch {
+	case errors.Is(err, errMoved) && l.State == GrantDisabled:
+		return b.askAgain(ctx, l, cause)
 	case errors.Is(err, ErrAbsent), errors.Is(err, errMoved):
 		return nil
 	case errors.Is(err, errBusy), unsupported(err), err == nil && (!id.Known || len(id.Roles) == 0),
@@ -239,6 +241,23 @@ func (b *Broker) lookOnce(ctx context.Context, k GrantKey, cause string) error {
 	}
 	b.believe(ctx, l, canonical(k.Provider, id.Roles), cause)
 	return nil
+}
+
+// askAgain asks by a refresh, which spends nothing while the account is off, whether
+// it still is, without the rest that requests keep to: whoever hints may know that it
+// was switched on.
+func (b *Broker) askAgain(ctx context.Context, l looked, cause string) error {
+	_, err := b.changeGrant(ctx, l.Key, func(g *Grant, exists bool) error {
+		if !exists || !g.offRests() {
+			return errKeep
+		}
+		g.Mark = Mark{}
+		return nil
+	})
+	if err == nil {
+		b.confirm(ctx, l, cause)
+	}
+	return err
 }
 
 // spend refreshes l if it has not been refreshed for long, for then a role that was
@@ -363,7 +382,7 @@ func (b *Broker) confirm(ctx context.Context, l looked, why string) {
 	case err != nil:
 		return
 	}
-	if g, err := b.loadGrant(ctx, l.Key); err == nil && slices.Equal(g.Roles, l.Roles) {
+	if g, err := b.loadGrant(ctx, l.Key); err == nil && g.State == l.State && slices.Equal(g.Roles, l.Roles) {
 		b.cfg.Log.Warn("a refresh does not bear out what the provider told about a session; each recheck costs one while that is so",
 			"grant", l.Key, "why", why)
 	}

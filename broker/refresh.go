@@ -43,7 +43,8 @@ const (
 	leasePollMost = time.Second
 	// commitFor is for how long a commit is tried again while the store is away.
 	commitFor = time.Minute
-	// disabledFor is for how long a switched-off account is not asked for again.
+	// disabledFor is for how long a switched-off account is not asked for again,
+	// unless somebody hints that it was switched on (LookNow).
 	disabledFor = 30 * time.Second
 	// retryLost is how long after a lost answer its one retry comes, and up to
 	// as much again: late enough for a connection that broke, and well inside the
@@ -431,8 +432,12 @@ func (b *Broker) endGrant(ctx context.Context, began Grant, state GrantState, re
 		if err := fence(g, exists, began); err != nil {
 			return err
 		}
-		g.end(state, reason, b.pulse.now())
+		now := b.pulse.now()
+		g.end(state, reason, now)
 		g.Spending = Spending{}
+		if state == GrantDisabled {
+			g.Mark.Rest = now.Add(disabledFor)
+		}
 		return nil
 	})
 	if err == nil {
