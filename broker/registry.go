@@ -69,6 +69,8 @@ type server struct {
 	Registration
 	workload *Workload // nil unless State is Bound
 	refused  error     // Docker's or the kernel's no; asked again after a hint only
+
+	over chan struct{} // closed when another takes its place; the registry's
 }
 
 // servers are this host's registrations.
@@ -85,6 +87,31 @@ func (r *servers) get(k ServerKey) *server {
 
 func (r *servers) current(s *server) bool { return s != nil && r.get(s.Key) == s }
 
+// changes returns a channel that is closed when the server at k is another; nil if
+// there is none. Whoever keeps something open asks for it before he looks.
+func (r *servers) changes(k ServerKey) <-chan struct{} {
+	if s := r.get(k); s != nil {
+		return s.over
+	}
+	return nil
+}
+
+// set puts s in the place of what is at k; nil: nothing. The caller holds the lock.
+func (r *servers) set(k ServerKey, s *server) {
+	if old := r.all[k]; old != nil {
+		close(old.over)
+	}
+	if s == nil {
+		delete(r.all, k)
+		return
+	}
+	if r.all == nil {
+		r.all = make(map[ServerKey]*server)
+	}
+	s.over = make(chan struct{})
+	r.all[k] = s
+}
+
 // replace puts s in old's place. It reports false, and does nothing, if old is
 // not there any more.
 func (r *servers) replace(old, s *server) bool {
@@ -93,7 +120,7 @@ func (r *servers) replace(old, s *server) bool {
 	if r.all[s.Key] != old {
 		return false
 	}
-	r.all[s.Key] = s
+	r.set(s.Key, s)
 	return true
 }
 
@@ -110,23 +137,20 @@ func (r *servers) change(k ServerKey, edit func(*server) bool) (*server, bool) {
 	if !edit(&next) {
 		return nil, false
 	}
-	r.all[k] = &next
+	r.set(k, &next)
 	return &next, true
 }
 
 func (r *servers) put(s *server) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.all == nil {
-		r.all = make(map[ServerKey]*server)
-	}
-	r.all[s.Key] = s
+	r.set(s.Key, s)
 }
 
 func (r *servers) remove(k ServerKey) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.all, k)
+	r.set(k, nil)
 }
 
 func (r *servers) list() []*server {

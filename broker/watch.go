@@ -51,20 +51,20 @@ func (b *Broker) Watch(ctx context.Context, p *Peer, want Want, send func(Update
 	want.Rejected = ""
 	w := watch{Broker: b, peer: p, want: want}
 	for {
-		moved := b.pulse.moves()
+		moved, changed := b.pulse.moves(), b.servers.changes(p.Server)
 		again, err := w.look(ctx, send)
 		if err != nil {
 			return err
 		}
-		if err := b.until(ctx, moved, again); err != nil {
+		if err := b.until(ctx, moved, changed, again); err != nil {
 			return err
 		}
 	}
 }
 
-// until waits for a move of the revision, and at most for d. An error says why
-// there is no use in it.
-func (b *Broker) until(ctx context.Context, moved <-chan struct{}, d time.Duration) error {
+// until waits for a move of the revision or a change of the server, and at most for
+// d. An error says why there is no use in it.
+func (b *Broker) until(ctx context.Context, moved, changed <-chan struct{}, d time.Duration) error {
 	if err := pause(ctx, watchRest); err != nil {
 		return err
 	}
@@ -73,6 +73,7 @@ func (b *Broker) until(ctx context.Context, moved <-chan struct{}, d time.Durati
 	select {
 	case <-t.C:
 	case <-moved:
+	case <-changed:
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-b.closing:

@@ -171,6 +171,37 @@ func TestWatchEndsWhereThereIsNoUseInWaiting(t *testing.T) {
 	})
 }
 
+// With what the hub says of a server, and of its user, an open watch learns it at
+// once, and not when it next looks by itself.
+func TestWatchIsTheFirstToHearWhatTheHubSays(t *testing.T) {
+	const atOnce = 300 * time.Millisecond // the rest between two looks, and no more
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		r.inGroups("alice", "lab")
+		p := r.running("alice", 100)
+		r.inGroups("alice", "lab") // which Register has taken away
+		w := r.watch(p, broker.Want{})
+		w.tells("token", time.Second)
+		time.Sleep(time.Second)
+		r.shares("alice", true)
+		w.tells("role_lost", atOnce)
+		time.Sleep(time.Second)
+		r.shares("alice", false)
+		w.tells("token", atOnce)
+		time.Sleep(time.Second)
+		r.inGroups("alice")
+		w.tells("role_lost", atOnce)
+		time.Sleep(time.Second)
+		r.inGroups("alice", "lab")
+		w.tells("token", atOnce)
+		time.Sleep(time.Second)
+		if _, err := r.Unregister(context.Background(), "main", "alice", "", 0); err != nil {
+			t.Fatal(err)
+		}
+		w.ends(broker.ErrUnknownPeer, atOnce)
+	}, forGroup)
+}
+
 func TestWatchesOfOneServerAreBounded(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")
