@@ -71,7 +71,7 @@ type Broker struct {
 	exchanges   flights[tokenKey, cachedToken]
 	adoptions   flights[string, ticket]
 	revocations flights[GrantKey, struct{}]
-	stops       flights[userKey, struct{}]
+	stops       flights[toStop, struct{}]
 	hints       sequels[subject]
 	watchers    visitors[ServerKey]
 	binds       flights[ServerKey, *server]

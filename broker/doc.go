@@ -19,7 +19,7 @@
 //	            heal.go      a store that fell back is put right from journal.go
 //	disconnect  revoke.go    epoch and tombstone up, then the revision; also by a logout
 //	            revocation.go the provider is told of what had been handed out
-//	            roleloss.go  a lost role ends the session or stops servers, by rule
+//	            roleloss.go  a lost role or group ends the session or stops servers, by rule
 //	            logout.go    a logout token of the provider's ends grants, or has them looked at
 //	notes       note.go      what brokers tell each other, so that none need ask often
 //	rebind      users.go     a user's name becomes another account's, which inherits nothing
@@ -94,7 +94,9 @@
 // The hub says them at the start of a server and at each refresh of its user
 // (SetGroups, SetShared; five minutes, as it comes). From its word on a lost group
 // is refused by every broker within confirmLease, and a server that somebody else
-// may open gets no token from the next answer on, but by a rule with Shared.
+// may open gets no token from the next answer on, but by a rule with Shared. An open
+// Watch is told at once. What a rule does besides when a role is lost it does when a
+// group is; not when a server is shared, which its user undoes himself.
 //
 // # What is kept, and where
 //

@@ -13,7 +13,8 @@ const maxGroups = 1000
 // answers by the old ones longer than confirmLease after it has returned. ref is
 // empty if nothing has changed.
 func (b *Broker) SetGroups(ctx context.Context, hub HubID, user UserID, groups []string) (ref string, err error) {
-	what, err := b.setGroups(ctx, userKey{hub, user}, groups)
+	k := userKey{hub, user}
+	was, what, err := b.setGroups(ctx, k, groups)
 	if err == nil && what == "" {
 		return "", nil
 	}
@@ -23,26 +24,22 @@ func (b *Broker) SetGroups(ctx context.Context, hub HubID, user UserID, groups [
 		return "", err
 	}
 	if !b.closes() { // the hub need not wait for the provider
-		b.work.Go(func() {
-			if err := b.revokeUnallowed(context.WithoutCancel(ctx), hub, user); err != nil {
-				b.cfg.Log.Error("tokens of groups that were lost can't be revoked; they work until they end", "hub", hub, "user", user, "err", err)
-			}
-		})
+		b.work.Go(func() { b.afterChange(context.WithoutCancel(ctx), k, rights{groups: was}) })
 	}
 	return e.Ref, nil
 }
 
-// setGroups returns what has changed.
-func (b *Broker) setGroups(ctx context.Context, k userKey, groups []string) (what string, err error) {
+// setGroups returns the groups from before, and what has changed.
+func (b *Broker) setGroups(ctx context.Context, k userKey, groups []string) (was []string, what string, err error) {
 	if err := checkUser(k.user); err != nil {
-		return "", err
+		return nil, "", err
 	}
 	if len(groups) > maxGroups {
-		return "", Errorf(Invalid, "groups holds more than %d groups", maxGroups)
+		return nil, "", Errorf(Invalid, "groups holds more than %d groups", maxGroups)
 	}
 	for _, g := range groups {
 		if err := checkName("groups", g); err != nil {
-			return "", err
+			return nil, "", err
 		}
 	}
 	groups = sorted(groups)
@@ -50,14 +47,14 @@ func (b *Broker) setGroups(ctx context.Context, k userKey, groups []string) (wha
 		if what = changes(l.Groups, groups); what == "" {
 			return errKeep
 		}
-		l.Groups = groups
+		was, l.Groups = l.Groups, groups
 		return nil
 	})
 	if err != nil || what == "" {
-		return "", err
+		return nil, "", err
 	}
 	b.views.drop(k)
-	return what, b.moveRevision(ctx)
+	return was, what, b.moveRevision(ctx)
 }
 
 // SetShared says whether somebody else may open a server by now. It holds for

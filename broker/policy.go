@@ -30,8 +30,8 @@ type Rule struct {
 	// RequireAttestation is the least of Levels that will do; empty: any.
 	RequireAttestation string
 
-	// OnRoleLost is what else happens to a user who loses the last of Roles, or the
-	// session with it; empty: Deny.
+	// OnRoleLost is what else happens to a user who loses the last of Roles or of
+	// Groups, or the session with it; empty: Deny.
 	OnRoleLost OnRoleLost
 
 	// What.

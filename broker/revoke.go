@@ -282,12 +282,7 @@ func (b *Broker) rightsMoved(ctx context.Context, was, is Grant, cause string) e
 		return err
 	}
 	b.recordRoles(ctx, was, is, cause)
-	if err := b.revokeUnallowed(ctx, is.Key.Hub, is.User); err != nil {
-		b.cfg.Log.Error("tokens of roles that were lost can't be revoked; they work until they end", "grant", is.Key, "err", err)
-	}
-	if err := b.roleLost(ctx, was, is); err != nil {
-		b.cfg.Log.Error("what policy wants done about a lost role can't be done", "grant", is.Key, "err", err)
-	}
+	b.afterChange(ctx, userKey{is.Key.Hub, is.User}, rights{roles: was.Roles})
 	return nil
 }
 

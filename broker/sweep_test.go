@@ -185,6 +185,157 @@ func TestALostRoleCanStopServersThatLostTheirPurpose(t *testing.T) {
 	}
 }
 
+// byGroup has the first rule want the hub's group lab besides its role, and do what
+// when either is lost.
+func byGroup(what broker.OnRoleLost) func(*broker.Config) {
+	return func(c *broker.Config) {
+		onRoleLost(what)(c)
+		c.Rules[0].Groups = []string{"lab"}
+		c.Rules[1].Roles, c.Rules[1].Groups = nil, []string{"library"}
+	}
+}
+
+func TestALostGroupCanEndTheSession(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.inGroups("alice", "lab", "library")
+		r.token(p, broker.Want{Audience: "storage"})
+		refresh := r.provider.RefreshToken("alice")
+		r.inGroups("alice", "library")
+		time.Sleep(time.Second)
+		r.refused(p, broker.Want{Audience: "library"}, broker.ErrLoginRequired)
+		if g := r.grant("alice"); g.Reason != "group_lost" || !slices.Contains(r.provider.Revoked(), refresh) {
+			t.Errorf("the grant ended by %q, and the session goes on: %t", g.Reason, !slices.Contains(r.provider.Revoked(), refresh))
+		}
+		if lines := r.audit.entries(t, "disconnect"); len(lines) != 1 || lines[0].By != "policy: a group was lost" {
+			t.Errorf("audit: %+v", lines)
+		}
+		r.loggedIn("alice")
+		r.token(p, broker.Want{Audience: "library"})
+		r.inGroups("alice", "library", "staff") // of what is lost already nothing is lost
+		time.Sleep(time.Second)
+		r.token(p, broker.Want{Audience: "library"})
+	}, byGroup(broker.RevokeGrants))
+}
+
+func TestALostGroupCanStopServersThatLostTheirPurpose(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(*rig)
+		stops  string // by what
+	}{
+		{"nothing is left", func(r *rig) { r.inGroups("alice", "staff") }, "policy: a group was lost"},
+		{"the role goes, and the group stays", func(r *rig) { r.provider.SetRoles("alice", "guest"); r.lookNow("alice") }, "policy: a role was lost"},
+		{"another rule gives something", func(r *rig) { r.inGroups("alice", "library") }, ""},
+		{"the group is not all that is needed", func(r *rig) { r.inGroups("alice", "lab", "staff") }, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			hub := &fakeHub{users: map[broker.UserID][]broker.ServerName{"alice": {""}}}
+			inBubble(t, func(r *rig) {
+				r.loggedIn("alice")
+				r.running("alice", 100)
+				r.inGroups("alice", "lab")
+				time.Sleep(time.Second)
+				tt.change(r)
+				time.Sleep(time.Second)
+				by := ""
+				if lines := r.audit.entries(t, "stop_server"); len(lines) > 0 {
+					by = lines[0].By
+				}
+				hub.set(func() {
+					if by != tt.stops || (len(hub.stopped) > 0) != (tt.stops != "") {
+						t.Errorf("stopped %v by %q, want %q", hub.stopped, by, tt.stops)
+					}
+				})
+			}, hub.of, byGroup(broker.StopServer))
+		})
+	}
+}
+
+// The hub's word on groups may come with the start of a server: that one is started
+// for what is left.
+func TestAServerThatStartsAfterTheLossIsNotStopped(t *testing.T) {
+	hub := &fakeHub{users: map[broker.UserID][]broker.ServerName{"alice": {"", "new"}}}
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		r.running("alice", 100)
+		r.inGroups("alice", "lab")
+		time.Sleep(time.Second)
+		_, err := r.Register(context.Background(), "main", broker.RegisterRequest{User: "alice", Server: "new", ContainerName: "jupyter-alice-new"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(5 * time.Second)
+		for _, e := range r.audit.entries(t, "stop_server") {
+			if e.Server != "" {
+				t.Errorf("the server %q was stopped", e.Server)
+			}
+		}
+		if _, err := r.Unregister(context.Background(), "main", "alice", "", 0); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		hub.set(func() {
+			if len(hub.stopped) == 0 {
+				t.Error("the server from before was not stopped")
+			}
+			hub.stopped = nil
+		})
+		time.Sleep(time.Minute)
+		hub.set(func() {
+			if len(hub.stopped) > 0 {
+				t.Error("stopping goes on")
+			}
+		})
+	}, hub.of, byGroup(broker.StopServer))
+}
+
+// Sharing is the user's own act, which he undoes himself.
+func TestASharedServerGetsNoTokensAndIsLeftRunning(t *testing.T) {
+	for _, what := range []broker.OnRoleLost{broker.RevokeGrants, broker.StopServer} {
+		hub := &fakeHub{users: map[broker.UserID][]broker.ServerName{"alice": {""}}}
+		inBubble(t, func(r *rig) {
+			r.loggedIn("alice")
+			p := r.running("alice", 100)
+			r.token(p, broker.Want{Audience: "storage"})
+			r.shares("alice", true)
+			r.refused(p, broker.Want{Audience: "storage"}, broker.ErrDenied)
+			r.provider.SetRoles("alice", "researcher", "student") // and what follows from a change
+			r.lookNow("alice")
+			time.Sleep(time.Minute)
+			if g := r.grant("alice"); g.State != broker.Live || len(hub.stopped) > 0 {
+				t.Errorf("%s: the grant is %s, stopped are %v", what, g.State, hub.stopped)
+			}
+			r.shares("alice", false)
+			r.token(p, broker.Want{Audience: "storage"})
+		}, hub.of, onRoleLost(what))
+	}
+}
+
+// A hub that this broker is not configured for is another's to ask.
+func TestWhatIsToBeStoppedAtAnothersHubIsLeftToIt(t *testing.T) {
+	hub := &fakeHub{users: map[broker.UserID][]broker.ServerName{"alice": {""}}, fail: errors.New("503")}
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		r.running("alice", 100)
+		r.provider.SetRoles("alice", "guest")
+		r.lookNow("alice")
+		elsewhere := *r
+		elsewhere.cfg.Hubs = map[broker.HubID]broker.Hub{"away": {Login: "keycloak", API: (&fakeHub{}).api()}}
+		other := elsewhere.second()
+		defer other.Close()
+		time.Sleep(time.Minute) // the other broker has looked at what is to be done
+		hub.set(func() { hub.fail = nil })
+		time.Sleep(time.Minute)
+		hub.set(func() {
+			if len(hub.stopped) == 0 {
+				t.Error("the other broker has forgotten that the server is to be stopped")
+			}
+		})
+	}, hub.of, onRoleLost(broker.StopServer))
+}
+
 func TestStoppingAServerIsTriedUntilItIsDoneOrTheRoleIsBack(t *testing.T) {
 	for _, back := range []bool{false, true} {
 		hub := &fakeHub{users: map[broker.UserID][]broker.ServerName{"alice": {""}}}

@@ -362,8 +362,8 @@ func (k checker) onRoleLost(key string, r RuleConfig) {
 		k.add(key, "there is no %q; there are deny, revoke_grants and stop_server", r.OnRoleLost)
 		return
 	}
-	if len(r.Roles) == 0 && r.OnRoleLost != "" {
-		k.add(key, "the rule names no roles that could be lost")
+	if len(r.Roles)+len(r.Groups) == 0 && r.OnRoleLost != "" {
+		k.add(key, "the rule names neither roles nor groups that could be lost")
 	}
 	for name, h := range k.c.Hubs {
 		if r.OnRoleLost == broker.StopServer && h.API == nil && (len(r.Hubs) == 0 || slices.Contains(r.Hubs, name)) {

@@ -321,11 +321,12 @@ type RuleConfig struct {
 	// pidfd or pidfd+ns, each better than those before. `tokenbroker status` shows
 	// what this host has. Default: any.
 	RequireAttestation string `yaml:"require_attestation,omitempty"`
-	// OnRoleLost is what happens to a user who loses the last of roles while he
-	// works: deny, the next token is refused; revoke_grants, his session at the
-	// provider ends, too, single sign-on included where it is one; or stop_server,
-	// the hub stops those of his servers that no rule gives anything any more, with
-	// unsaved work. Default: deny.
+	// OnRoleLost is what happens to a user who loses the last of roles, or of
+	// groups, while he works: deny, the next token is refused; revoke_grants, his
+	// session at the provider ends, too, single sign-on included where it is one; or
+	// stop_server, the hub stops those of his servers that no rule gives anything any
+	// more, with unsaved work. Sharing a server loses nothing: it gets no tokens while
+	// it is shared, and is not stopped. Default: deny.
 	OnRoleLost broker.OnRoleLost `yaml:"on_role_lost,omitempty"`
 	// Provider is whose tokens. Default: the only one.
 	Provider broker.ProviderID `yaml:"provider,omitempty"`
