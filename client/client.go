@@ -10,6 +10,8 @@
 //
 //	web := &http.Client{Transport: &oauth2.Transport{Source: c.TokenSource(ctx, client.Audience("storage"))}}
 //
+// For who needs to know when the right to tokens goes and comes, Watch tells.
+//
 // Don't keep tokens: ask for one whenever one is needed. The broker keeps them,
 // renews them in time, and stops giving them out the moment the user loses the
 // right to them. Asking costs a fraction of a millisecond.
@@ -111,17 +113,21 @@ func (c *Client) Token(ctx context.Context, opts ...Option) (Token, error) {
 		if err != nil {
 			return Token{}, c.explain(ctx, err)
 		}
-		return Token{
-			AccessToken: resp.GetAccessToken(),
-			Type:        resp.GetTokenType(),
-			Provider:    resp.GetProvider(),
-			Audience:    resp.GetAudience(),
-			Scopes:      resp.GetScopes(),
-			// Not ExpiresAt: a container may tell the time differently.
-			ExpiresAt: time.Now().Add(time.Duration(resp.GetExpiresIn()) * time.Second),
-			Ref:       resp.GetRef(),
-		}, nil
+		return tokenOf(resp), nil
 	})
+}
+
+func tokenOf(resp *pb.GetTokenResponse) Token {
+	return Token{
+		AccessToken: resp.GetAccessToken(),
+		Type:        resp.GetTokenType(),
+		Provider:    resp.GetProvider(),
+		Audience:    resp.GetAudience(),
+		Scopes:      resp.GetScopes(),
+		// Not ExpiresAt: a container may tell the time differently.
+		ExpiresAt: time.Now().Add(time.Duration(resp.GetExpiresIn()) * time.Second),
+		Ref:       resp.GetRef(),
+	}
 }
 
 // TokenSource returns a source that asks the broker for each token. It keeps

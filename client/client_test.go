@@ -68,7 +68,7 @@ func socket(t *testing.T) string {
 }
 
 // serve lets b answer at path until the test ends.
-func serve(t *testing.T, path string, b *broker) {
+func serve(t *testing.T, path string, b pb.WorkloadServer) {
 	t.Helper()
 	l, err := net.Listen("unix", path)
 	if err != nil {

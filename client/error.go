@@ -19,6 +19,7 @@ const (
 	BrokerDown    Code = "broker_down"    // the broker is not there, perhaps restarting: retry
 	UnknownPeer   Code = "unknown_peer"   // this process is not in the server's container
 	Denied        Code = "denied"         // policy says no
+	RoleLost      Code = "role_lost"      // policy says no to what it allowed before; only Watch tells it
 	LoginRequired Code = "login_required" // the user has to log in again
 	Revoked       Code = "revoked"        // an administrator or the provider cut the user off
 	Invalid       Code = "invalid"        // the request is wrong
@@ -35,6 +36,7 @@ var (
 	ErrBrokerDown    = &Error{Code: BrokerDown}
 	ErrUnknownPeer   = &Error{Code: UnknownPeer}
 	ErrDenied        = &Error{Code: Denied}
+	ErrRoleLost      = &Error{Code: RoleLost}
 	ErrLoginRequired = &Error{Code: LoginRequired}
 	ErrRevoked       = &Error{Code: Revoked}
 	ErrInvalid       = &Error{Code: Invalid}
@@ -70,10 +72,10 @@ func (e *Error) Error() string {
 	return s
 }
 
-// Is matches one of the targets by its code.
+// Is matches one of the targets by its code. A role that was lost is a denial, too.
 func (e *Error) Is(target error) bool {
 	t, ok := target.(*Error)
-	return ok && t.Code == e.Code && t.Sentence == ""
+	return ok && t.Sentence == "" && (t.Code == e.Code || t.Code == Denied && e.Code == RoleLost)
 }
 
 // Unwrap returns the error of the transport or the context, if there is one.

@@ -30,6 +30,26 @@ func Example() {
 	fmt.Println("until", tok.ExpiresAt)
 }
 
+func ExampleClient_Watch() {
+	ctx := context.Background()
+	c, err := client.New()
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer c.Close()
+
+	for tok, err := range c.Watch(ctx, client.Audience("storage")) {
+		switch {
+		case errors.Is(err, client.ErrRoleLost), errors.Is(err, client.ErrRevoked):
+			fmt.Println("no more uploads:", err)
+		case err != nil:
+			fmt.Println("uploads wait:", err) // a login, or the provider
+		default:
+			fmt.Println("uploads go on, with a token until", tok.ExpiresAt)
+		}
+	}
+}
+
 func ExampleClient_TokenSource() {
 	ctx := context.Background()
 	c, err := client.New()
