@@ -72,6 +72,7 @@ func demo(ctx context.Context, stdout, stderr io.Writer, stay bool) (err error) 
 		{"Her notebook asks for a token", s.ask},
 		{"Hub and notebook refresh at the same time", s.refreshTogether},
 		{"The notebook asks for too much", s.refused},
+		{"Alice loses her role at the provider", s.loseRole},
 		{"An administrator disconnects Alice", s.disconnect},
 		{"Where the refresh tokens have been", s.search},
 	} {
@@ -216,6 +217,66 @@ func (s *story) refused(context.Context) error {
 	return s.holds(no.Code == "denied" && strings.Contains(no.Sentence, "admin") && no.Ref != "", "refused, and told why")
 }
 
+// loseRole takes Alice's role away while her notebook asks all the time, and
+// another of its programs watches. The next refresh shows it here; a provider like
+// Keycloak shows it without one.
+func (s *story) loseRole(ctx context.Context) error {
+	loop := s.notebook.send(question{Via: "gRPC", Audience: "storage", UntilRefused: true})
+	watch := s.notebook.send(question{Via: "Watch", Audience: "storage"})
+	if err := errors.Join(loop.started(), watch.started()); err != nil {
+		return err
+	}
+	began := time.Now()
+	if err := s.idp.SetRoles("alice", "student"); err != nil {
+		return err
+	}
+	asked, err := loop.answer()
+	told, err2 := watch.answer()
+	if err := errors.Join(err, err2); err != nil {
+		return err
+	}
+	if asked.Refused == nil || told.Refused == nil {
+		return errors.New("it still gets tokens")
+	}
+	s.say("Her notebook asks in a loop, and watches:")
+	s.sayEvents(map[time.Time]string{
+		began: "she is a student, no researcher any more", asked.LastToken: "the last request that got a token",
+		asked.At: "the first refusal came", told.At: "the watch was told " + told.Refused.Code,
+	}, began)
+	s.say("It says: %s.", asked.Refused.Sentence)
+	err = s.holds(asked.Refused.Code == "denied" && strings.Contains(asked.Refused.Sentence, "researcher") && strings.Contains(asked.Refused.Sentence, "student"),
+		"the next token is refused, and the reason says which role is missing")
+	if err == nil {
+		err = s.holds(told.Refused.Code == "role_lost" && told.Refused.Sentence == asked.Refused.Sentence, "who watches is told the same, without asking")
+	}
+	if err != nil {
+		return err
+	}
+	return s.regainRole(ctx)
+}
+
+// regainRole gives the role back. A login shows it at once.
+func (s *story) regainRole(ctx context.Context) error {
+	if err := s.idp.SetRoles("alice", "researcher"); err != nil {
+		return err
+	}
+	if err := s.loginAgain(ctx); err != nil {
+		return err
+	}
+	answers, err := s.askNotebook(question{Via: "gRPC", Audience: "storage"})
+	if err != nil {
+		return err
+	}
+	return s.holds(answers[0].Refused == nil, "she is a researcher again, logs in, and the same notebook gets tokens")
+}
+
+func (s *story) loginAgain(ctx context.Context) error {
+	if _, err := s.hub.login(ctx, "alice"); err != nil {
+		return err
+	}
+	return s.hub.claim(ctx, "alice")
+}
+
 // disconnect cuts Alice off while her notebook asks all the time.
 func (s *story) disconnect(ctx context.Context) error {
 	watch := s.notebook.send(question{Via: "gRPC", Audience: "storage", UntilRefused: true})
@@ -275,10 +336,7 @@ func (s *story) search(context.Context) error {
 
 // stay waits for the end and says what there is to try.
 func (s *story) stay(ctx context.Context) error {
-	if _, err := s.hub.login(ctx, "alice"); err != nil {
-		return err
-	}
-	if err := s.hub.claim(ctx, "alice"); err != nil {
+	if err := s.loginAgain(ctx); err != nil {
 		return err
 	}
 	admin := s.cfg.Admin.Socket

@@ -26,7 +26,7 @@ import (
 // A question is what the story asks its notebook to do.
 type question struct {
 	ID           int
-	Via          string // gRPC or JSON
+	Via          string // gRPC, JSON, or Watch until there is no token
 	Audience     string
 	UntilRefused bool // go on asking until the broker says no
 }
@@ -78,6 +78,13 @@ func beNotebook(ctx context.Context, in io.Reader, out io.Writer) error {
 		a.ID, a.Via = q.ID, q.Via
 		enc.Encode(a)
 	}
+	does := func(q question) {
+		if q.Via == "Watch" {
+			watch(ctx, grpc, q, func(a answer) { tell(q, a) })
+			return
+		}
+		work(ctx, q, asks[q.Via], func(a answer) { tell(q, a) })
+	}
 	defer all.Wait()
 	for dec := json.NewDecoder(in); ; {
 		var q question
@@ -87,14 +94,43 @@ func beNotebook(ctx context.Context, in io.Reader, out io.Writer) error {
 			}
 			return err
 		}
-		all.Go(func() { work(ctx, q, asks[q.Via], func(a answer) { tell(q, a) }) })
+		all.Go(func() { does(q) })
 	}
+}
+
+// patience is how long a notebook goes on that waits for a refusal.
+const patience = 30 * time.Second
+
+// watch answers with the first reason why there is no token.
+func watch(ctx context.Context, c *client.Client, q question, tell func(answer)) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	started := false
+	for _, err := range c.Watch(ctx, client.Audience(q.Audience)) {
+		if err != nil {
+			tell(answer{Refused: refusalOf(err), At: time.Now()})
+			return
+		}
+		if !started {
+			tell(answer{Started: true})
+		}
+		started = true
+	}
+	tell(answer{At: time.Now()})
+}
+
+func refusalOf(err error) *refusal {
+	var e *client.Error
+	if errors.As(err, &e) {
+		return &refusal{string(e.Code), e.Sentence, e.Next, e.Ref}
+	}
+	return &refusal{Code: "internal", Sentence: err.Error()}
 }
 
 // work answers one question.
 func work(ctx context.Context, q question, ask func(context.Context, question) (answer, error), tell func(answer)) {
 	var last time.Time
-	for end := time.Now().Add(10 * time.Second); ; {
+	for end := time.Now().Add(patience); ; {
 		asked := time.Now()
 		a, err := ask(ctx, q)
 		a.At, a.LastToken = time.Now(), last
@@ -115,12 +151,8 @@ func work(ctx context.Context, q question, ask func(context.Context, question) (
 
 func askGRPC(ctx context.Context, c *client.Client, q question) (answer, error) {
 	t, err := c.Token(ctx, client.Audience(q.Audience))
-	var e *client.Error
-	if errors.As(err, &e) {
-		return answer{}, &refusal{string(e.Code), e.Sentence, e.Next, e.Ref}
-	}
 	if err != nil {
-		return answer{}, err
+		return answer{}, refusalOf(err)
 	}
 	return answerOf(t.AccessToken, t.Scopes, time.Until(t.ExpiresAt)), nil
 }
