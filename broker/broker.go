@@ -14,7 +14,7 @@ import (
 	"tokenbroker/broker/seal"
 )
 
-// Config is what a Broker is made of. All fields but Helper and Version are
+// Config is what a Broker is made of. All fields but Helper, Mounts and Version are
 // needed; New says which is missing.
 type Config struct {
 	Deployment string // names the Redis and the brokers on it
@@ -37,6 +37,9 @@ type Config struct {
 	// Journal is the file of this broker alone in which a provider's answer is
 	// safe before the store has it. Start makes it.
 	Journal string
+	// Mounts returns which running containers mount a server's directory; nil: there
+	// are no containers.
+	Mounts func(context.Context) ([]Mount, error)
 }
 
 // A Hub is what the broker knows of one JupyterHub.
@@ -198,6 +201,9 @@ func (b *Broker) Start(ctx context.Context) error {
 		if h.API != nil {
 			b.work.Go(func() { b.sweep(watch, name, h.API) })
 		}
+	}
+	if b.cfg.Mounts != nil {
+		b.work.Go(func() { b.strays(watch) })
 	}
 	b.work.Go(func() { b.attend(keys) })
 	b.work.Go(func() { b.recheck(watch) })

@@ -8,6 +8,7 @@
 //	spawn       registry.go  Register → directory, socket; Unregister
 //	            bind.go      Docker and the kernel confirm the container
 //	            sweep.go     servers and users that the hub no longer has
+//	            strays.go    containers that no server is registered for
 //	            hubfacts.go  the hub's groups, and who else may open a server
 //	token       token.go     attest, match, decide, cache, refresh, narrow, confirm, record
 //	            watch.go     the same again whenever something changes

@@ -274,6 +274,7 @@ func (e *Engine) handler() http.Handler {
 	mux.HandleFunc("GET /{v}/version", e.version)
 	mux.HandleFunc("GET /{v}/info", e.info)
 	mux.HandleFunc("GET /{v}/containers/{name}/json", e.inspect)
+	mux.HandleFunc("GET /{v}/containers/json", e.list)
 	mux.HandleFunc("GET /{v}/events", e.stream)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var api string
@@ -335,6 +336,19 @@ func (e *Engine) inspect(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	json.NewEncoder(w).Encode(c.inspect)
+}
+
+// list lists the containers that run.
+func (e *Engine) list(w http.ResponseWriter, _ *http.Request) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	all := []map[string]any{}
+	for name, c := range e.containers {
+		if c.inspect["State"].(map[string]any)["Running"] == true {
+			all = append(all, map[string]any{"Id": c.id, "Names": []string{"/" + name}, "Mounts": c.inspect["Mounts"]})
+		}
+	}
+	json.NewEncoder(w).Encode(all)
 }
 
 // find looks for a container as Docker does.

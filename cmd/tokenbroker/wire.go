@@ -101,8 +101,17 @@ func (p *parts) broker(cfg *Config, log *slog.Logger) (*broker.Broker, error) {
 		Deployment: cfg.Deployment, Host: broker.HostID(cfg.Host), Contact: cfg.Contact, Version: versionText(),
 		Hubs: hubs, Providers: p.providers, Rules: rules(cfg.Policy),
 		Store: p.store, Keys: p.keys, Attestor: p.attestor, Sockets: p.sockets,
-		Audit: p.audit, Log: log, Helper: cfg.Helper, Journal: cfg.Journal,
+		Audit: p.audit, Log: log, Helper: cfg.Helper, Journal: cfg.Journal, Mounts: mounts(p.attestor, cfg.Servers.Directory),
 	})
+}
+
+// mounts looks for the containers that mount something in servers; nil without Docker.
+func mounts(a attestor, servers string) func(context.Context) ([]broker.Mount, error) {
+	d, ok := a.(*spawnerhook.Docker)
+	if !ok {
+		return nil
+	}
+	return func(ctx context.Context) ([]broker.Mount, error) { return d.Mounts(ctx, servers) }
 }
 
 // openHubAPI makes what the broker asks of a hub; nil if it is not asked.
