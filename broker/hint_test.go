@@ -40,6 +40,34 @@ func TestAHintIsFollowedAtOnce(t *testing.T) {
 	}
 }
 
+// Who hints, or sends a logout token, tells one broker of the deployment.
+func TestAHintIsFollowedForHubsOfOtherBrokersToo(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		r.loggedIn("alice")
+		p := r.running("alice", 100)
+		r.token(p, broker.Want{})
+		other := r.away()
+		defer other.Close()
+		r.provider.SetRoles("alice", "student")
+		r.provider.SetRoles(`al"ice`, "researcher") // whose name needs an escape in the list
+		r.loggedIn(`al"ice`)
+		other.lookNow("alice")
+		r.refused(p, broker.Want{}, broker.ErrDenied)
+		r.provider.SetRoles(`al"ice`, "student")
+		other.lookNow(`al"ice`)
+		if g := r.grant(`al"ice`); len(g.Roles) != 1 || g.Roles[0] != "keycloak:roles/student" {
+			t.Errorf("the roles are %v", g.Roles)
+		}
+		e := other.loggedOut(logout("1", "alice", r.provider.Session("alice")))
+		if g := r.grant("alice"); g.State != broker.NeedsLogin || e.Hub != "main" || e.User != "alice" {
+			t.Errorf("the grant is %s, and the audit says %+v", g.State, e)
+		}
+		if n := len(other.audit.entries(t, "roles")); n != 2 {
+			t.Errorf("%d changes of roles are in the audit of the broker that was told, want 2", n)
+		}
+	})
+}
+
 func TestAHintWithoutAChangeChangesNothing(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")

@@ -132,8 +132,12 @@ func (b *Broker) concerned(ctx context.Context, id ProviderID, l Logout) (found 
 			return g.Key.Provider != id || g.Session != l.Session || !g.Tombstone.IsZero()
 		}), err
 	}
-	for hub := range b.cfg.Hubs {
-		g, err := b.loadGrant(ctx, GrantKey{hub, id, l.Sub})
+	keys, err := b.grantsAt(ctx, id, l.Sub)
+	if err != nil {
+		return nil, err
+	}
+	for _, k := range keys {
+		g, err := b.loadGrant(ctx, k)
 		switch {
 		case errors.Is(err, ErrAbsent):
 		case err != nil:
@@ -142,7 +146,6 @@ func (b *Broker) concerned(ctx context.Context, id ProviderID, l Logout) (found 
 			found = append(found, g)
 		}
 	}
-	slices.SortFunc(found, func(a, b Grant) int { return cmp.Compare(a.Key.Hub, b.Key.Hub) })
 	return found, nil
 }
 

@@ -24,7 +24,12 @@ import (
 //
 // A provider that shows nothing without a refresh is not looked at: such a grant is
 // refreshed once it has not been for a while, so that there is a worst case for it,
-// too.
+// too. Its userinfo endpoint is not asked in place of that, though it would spend
+// nothing either: where the tokens have the roles that is another source, which may
+// name others, so that looks and refreshes would give and take the same right in
+// turn; and it may tell what the access token says (Dex does) or the login said, so
+// that a look would put off the refresh that shows the change. Nothing in the answer
+// tells which it is.
 const (
 	// RecheckWithin is how long a change of roles may go unseen at the worst: a
 	// role is taken away right after a look, the next look comes one round later,
@@ -181,9 +186,10 @@ func (b *Broker) LookNow(ctx context.Context, p ProviderID, sub, cause string) e
 		return err
 	}
 	return b.hints.do(ctx, subject{p, sub}, func(ctx context.Context) error {
-		var errs []error
-		for hub := range b.cfg.Hubs {
-			errs = append(errs, b.lookOnce(ctx, GrantKey{hub, p, sub}, cause))
+		keys, err := b.grantsAt(ctx, p, sub)
+		errs := []error{err}
+		for _, k := range keys {
+			errs = append(errs, b.lookOnce(ctx, k, cause))
 		}
 		return errors.Join(errs...)
 	})
@@ -215,6 +221,30 @@ func (b *Broker) LookAtAll(ctx context.Context, p ProviderID, cause string) erro
 		return s.err
 	}
 	return nil
+}
+
+// grantsAt are the grants that a subject of p may have: at the hubs of this broker,
+// and at those that only others of the deployment are configured for, since who hints
+// tells one broker. For these the names of all grants are read, and no grant.
+func (b *Broker) grantsAt(ctx context.Context, p ProviderID, sub string) (keys []GrantKey, err error) {
+	for hub := range b.cfg.Hubs {
+		keys = append(keys, GrantKey{hub, p, sub})
+	}
+	members, err := b.cfg.Store.Members(ctx, grantsKey)
+	if err != nil {
+		return keys, storeError(err, grantsKey)
+	}
+	_, end, _ := strings.Cut(GrantKey{Provider: p, Sub: sub}.member(), `""`)
+	for _, m := range members {
+		if !strings.HasSuffix(m, end) { // to parse each would take a hundred times as long
+			continue
+		}
+		if k := parseGrantKey(m); k.Provider == p && k.Sub == sub && !slices.Contains(keys, k) {
+			keys = append(keys, k)
+		}
+	}
+	slices.SortFunc(keys, func(a, b GrantKey) int { return cmp.Compare(a.Hub, b.Hub) })
+	return keys, nil
 }
 
 // A subject is somebody at a provider.

@@ -94,6 +94,14 @@ func (r *rig) second() *rig {
 	return &s
 }
 
+// away is another broker of the deployment that is configured for none of our hubs.
+func (r *rig) away() *rig {
+	r.t.Helper()
+	s := *r
+	s.cfg.Hubs = map[broker.HubID]broker.Hub{"away": {Login: "keycloak", API: (&fakeHub{}).api()}}
+	return s.second()
+}
+
 func (r *rig) login(sub string) broker.Secret {
 	r.t.Helper()
 	t, err := r.Login(context.Background(), "main", "keycloak", codeOf(sub))

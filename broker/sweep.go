@@ -15,6 +15,12 @@ import (
 // One list is no proof: what is missing counts once it is missing in two lists in
 // a row, and a list in which most of our users are missing is taken for the hub's
 // mistake.
+//
+// It is not asked who else may open a server. Its API tells of shares and share codes
+// one server at a time, for which the broker's token would need read:shares, too; of
+// roles that open a server it tells nothing, so that it could never say that a server
+// is not shared. The hub's half, which has the hub's database, says all of it at each
+// start and refresh (SetShared).
 const (
 	// SweepEvery is how often a hub is asked.
 	SweepEvery = time.Minute

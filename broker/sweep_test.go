@@ -321,9 +321,7 @@ func TestWhatIsToBeStoppedAtAnothersHubIsLeftToIt(t *testing.T) {
 		r.running("alice", 100)
 		r.provider.SetRoles("alice", "guest")
 		r.lookNow("alice")
-		elsewhere := *r
-		elsewhere.cfg.Hubs = map[broker.HubID]broker.Hub{"away": {Login: "keycloak", API: (&fakeHub{}).api()}}
-		other := elsewhere.second()
+		other := r.away()
 		defer other.Close()
 		time.Sleep(time.Minute) // the other broker has looked at what is to be done
 		hub.set(func() { hub.fail = nil })
