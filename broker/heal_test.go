@@ -396,7 +396,7 @@ func TestLogoutThatTheStoreForgetsIsStillALogout(t *testing.T) {
 		p := r.running("alice", 100)
 		backup := r.store.Copy()
 		time.Sleep(time.Second)
-		if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+		if _, err := r.HubLogout(context.Background(), "main", "alice", false); err != nil {
 			t.Fatal(err)
 		}
 		r.store.Fallback(backup)

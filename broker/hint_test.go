@@ -255,11 +255,11 @@ func TestLogoutAtTheHubDoesWhatTheHubIsConfiguredFor(t *testing.T) {
 				p := r.running("alice", 100)
 				r.token(p, broker.Want{})
 				for range 2 { // it may be said twice
-					if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+					if _, err := r.HubLogout(context.Background(), "main", "alice", false); err != nil {
 						t.Fatalf("HubLogout: %v", err)
 					}
 				}
-				if _, err := r.HubLogout(context.Background(), "main", "nobody"); err != nil {
+				if _, err := r.HubLogout(context.Background(), "main", "nobody", false); err != nil {
 					t.Errorf("HubLogout of a user without a grant: %v", err)
 				}
 				if revoked := len(r.provider.Revoked()) > 0; revoked != tt.revokes {
@@ -281,12 +281,47 @@ func TestLogoutAtTheHubDoesWhatTheHubIsConfiguredFor(t *testing.T) {
 	}
 }
 
+func TestWhomTheHubNoLongerAllowsGetsNoTokenWhateverALogoutDoes(t *testing.T) {
+	for _, on := range []broker.OnLogout{"", broker.Keep, broker.StopIssuing, broker.RevokeAll} {
+		t.Run(string(on), func(t *testing.T) {
+			inBubble(t, func(r *rig) {
+				handle := r.loggedIn("alice")
+				p := r.running("alice", 100)
+				r.token(p, broker.Want{})
+				w := r.watch(p, broker.Want{})
+				w.tells("token", time.Second)
+				for range 2 {
+					if _, err := r.HubLogout(context.Background(), "main", "alice", true); err != nil {
+						t.Fatalf("HubLogout: %v", err)
+					}
+				}
+				r.refused(p, broker.Want{}, broker.ErrLoginRequired)
+				w.tells("login_required", time.Second)
+				if s, err := r.CheckSession(context.Background(), "main", "keycloak", handle, "alice", ""); err != nil || s.Active {
+					t.Errorf("the hub's session is %+v, %v", s, err)
+				}
+				if revoked := len(r.provider.Revoked()) > 0; revoked != (on == broker.RevokeAll) {
+					t.Errorf("revoked at the provider: %t", revoked)
+				}
+				if e := r.audit.entries(t, "logout")[0]; e.Reason != "the hub does not allow the user any more" || r.grant("alice").Reason != "not_allowed" {
+					t.Errorf("the audit says %+v, the grant %q", e, r.grant("alice").Reason)
+				}
+				time.Sleep(time.Second)
+				r.loggedIn("alice") // he is allowed again
+				w.tells("token", time.Second)
+				w.hangUp()
+				w.ends(nil, time.Second)
+			}, func(c *broker.Config) { c.Hubs["main"] = broker.Hub{Login: "keycloak", OnLogout: on} })
+		})
+	}
+}
+
 func TestLogoutDoesNotSoftenADisconnect(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")
 		p := r.running("alice", 100)
 		r.disconnect()
-		if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+		if _, err := r.HubLogout(context.Background(), "main", "alice", false); err != nil {
 			t.Fatal(err)
 		}
 		r.refused(p, broker.Want{}, broker.ErrRevoked)
@@ -300,7 +335,7 @@ func TestLogoutDuringARefresh(t *testing.T) {
 		p := r.running("alice", 100)
 		expire()
 		r.provider.Next(brokertest.Answer{Before: func() {
-			if _, err := r.HubLogout(context.Background(), "main", "alice"); err != nil {
+			if _, err := r.HubLogout(context.Background(), "main", "alice", false); err != nil {
 				t.Error(err)
 			}
 		}})

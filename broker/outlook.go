@@ -129,6 +129,7 @@ var refusals = reasons{
 	"reuse_detected":      "the provider saw a refresh token used twice and ended the session",
 	"lost_response":       "the provider's answer to a refresh was lost, and it does not take the old refresh token again (lost_response)",
 	"logged_out":          "the user has logged out of the hub",
+	"not_allowed":         "the hub does not allow the user any more",
 	"role_lost":           "the user has lost a role, and policy ends the session then (on_role_lost)",
 	"group_lost":          "the user has left a group of the hub, and policy ends the session then (on_role_lost)",
 	"store_lost":          "the store has lost the newest refresh token (store_lost)",

@@ -62,11 +62,16 @@ func (o OnLogout) ending() (ending, bool) {
 }
 
 // HubLogout says that user has logged out of the hub. What that does the hub's
-// OnLogout says. It may be said again.
-func (b *Broker) HubLogout(ctx context.Context, hub HubID, user UserID) (ref string, err error) {
+// OnLogout says. If it is the hub that doesn't allow him any more, he gets no token
+// before a login that it allows, whatever OnLogout says. It may be said again.
+func (b *Broker) HubLogout(ctx context.Context, hub HubID, user UserID, notAllowed bool) (ref string, err error) {
 	e := b.entry("logout", nil)
 	e.Hub, e.User = hub, user
 	how, ends := b.cfg.Hubs[hub].OnLogout.ending()
+	if notAllowed {
+		e.Reason = "the hub does not allow the user any more"
+		how.reason, ends = "not_allowed", true
+	}
 	err = checkUser(user)
 	if ends && err == nil {
 		_, err = b.disconnect(ctx, hub, user, "", how, e)

@@ -99,7 +99,7 @@ func (h hub) SetShared(ctx context.Context, r *pb.SetSharedRequest) (*pb.SetShar
 }
 
 func (h hub) Logout(ctx context.Context, r *pb.LogoutRequest) (*pb.LogoutResponse, error) {
-	ref, err := h.b.HubLogout(ctx, peerOf(ctx).Hub, broker.UserID(r.User))
+	ref, err := h.b.HubLogout(ctx, peerOf(ctx).Hub, broker.UserID(r.User), r.NotAllowed)
 	if err != nil {
 		return nil, err
 	}

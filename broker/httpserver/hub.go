@@ -164,7 +164,8 @@ func (e edge) setShared(r *http.Request, p *broker.Peer, body []byte) (any, erro
 }
 
 type logoutRequest struct {
-	User broker.UserID `json:"user"`
+	User       broker.UserID `json:"user"`
+	NotAllowed bool          `json:"not_allowed"`
 }
 
 func (e edge) logout(r *http.Request, p *broker.Peer, body []byte) (any, error) {
@@ -172,6 +173,6 @@ func (e edge) logout(r *http.Request, p *broker.Peer, body []byte) (any, error) 
 	if err := decodeJSON(body, &q); err != nil {
 		return nil, err
 	}
-	ref, err := e.b.HubLogout(r.Context(), p.Hub, q.User)
+	ref, err := e.b.HubLogout(r.Context(), p.Hub, q.User, q.NotAllowed)
 	return refResponse{ref}, err
 }

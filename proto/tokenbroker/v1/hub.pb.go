@@ -917,7 +917,9 @@ func (x *SetSharedResponse) GetRef() string {
 type LogoutRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The hub's user name.
-	User          string `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	User string `protobuf:"bytes,1,opt,name=user,proto3" json:"user,omitempty"`
+	// He has not left himself: the hub would not let him log in any more.
+	NotAllowed    bool `protobuf:"varint,2,opt,name=not_allowed,json=notAllowed,proto3" json:"not_allowed,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -957,6 +959,13 @@ func (x *LogoutRequest) GetUser() string {
 		return x.User
 	}
 	return ""
+}
+
+func (x *LogoutRequest) GetNotAllowed() bool {
+	if x != nil {
+		return x.NotAllowed
+	}
+	return false
 }
 
 // LogoutResponse says nothing but that it is done.
@@ -1074,9 +1083,11 @@ const file_tokenbroker_v1_hub_proto_rawDesc = "" +
 	"\x06server\x18\x02 \x01(\tR\x06server\x12\x16\n" +
 	"\x06shared\x18\x03 \x01(\bR\x06shared\"%\n" +
 	"\x11SetSharedResponse\x12\x10\n" +
-	"\x03ref\x18\x01 \x01(\tR\x03ref\"#\n" +
+	"\x03ref\x18\x01 \x01(\tR\x03ref\"D\n" +
 	"\rLogoutRequest\x12\x12\n" +
-	"\x04user\x18\x01 \x01(\tR\x04user\"\"\n" +
+	"\x04user\x18\x01 \x01(\tR\x04user\x12\x1f\n" +
+	"\vnot_allowed\x18\x02 \x01(\bR\n" +
+	"notAllowed\"\"\n" +
 	"\x0eLogoutResponse\x12\x10\n" +
 	"\x03ref\x18\x01 \x01(\tR\x03ref2\xb7\x04\n" +
 	"\x03Hub\x12D\n" +

@@ -65,7 +65,8 @@ type HubClient interface {
 	// said as often as one likes; an unknown server is not an error.
 	SetShared(ctx context.Context, in *SetSharedRequest, opts ...grpc.CallOption) (*SetSharedResponse, error)
 	// Logout says that a user has logged out of the hub. What that does to his
-	// grants the broker's configuration says (on_logout). It may be said twice.
+	// grants the broker's configuration says (on_logout). It may be said twice. Of a
+	// user whom the hub no longer allows it ends them in any case.
 	Logout(ctx context.Context, in *LogoutRequest, opts ...grpc.CallOption) (*LogoutResponse, error)
 }
 
@@ -176,7 +177,8 @@ type HubServer interface {
 	// said as often as one likes; an unknown server is not an error.
 	SetShared(context.Context, *SetSharedRequest) (*SetSharedResponse, error)
 	// Logout says that a user has logged out of the hub. What that does to his
-	// grants the broker's configuration says (on_logout). It may be said twice.
+	// grants the broker's configuration says (on_logout). It may be said twice. Of a
+	// user whom the hub no longer allows it ends them in any case.
 	Logout(context.Context, *LogoutRequest) (*LogoutResponse, error)
 	mustEmbedUnimplementedHubServer()
 }

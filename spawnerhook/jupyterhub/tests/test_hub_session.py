@@ -50,7 +50,7 @@ def authenticator(**settings):
     c = Config()
     c.GenericOAuthenticator.username_claim = "name"
     c.GenericOAuthenticator.enable_auth_state = True
-    c.GenericOAuthenticator.update(settings)
+    c.GenericOAuthenticator.update({"allow_all": True, **settings})
     return Authenticator(config=c)
 
 
@@ -166,6 +166,59 @@ def test_the_sites_own_code_makes_the_model_with_it(broker):
 def test_a_user_renamed_at_login_stays_who_he_is(broker):
     broker.answers["/v1/check-session"] = {"active": True, "token": TOKEN}
     assert refresh(broker, user=User("alice-renamed", STATE))["name"] == "alice-renamed"
+
+
+# --- who is not allowed any more ---
+
+GROUPS = {"allow_all": False, "manage_groups": True, "auth_state_groups_key": "oauth_user.groups"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        ({"allow_all": False, "allowed_users": {"alice"}}, True),
+        ({"allow_all": False, "allowed_users": {"bob"}}, False),
+        ({"allow_all": False, "allowed_users": {"bob"}, "admin_users": {"alice"}}, True),
+        ({"blocked_users": {"alice"}}, False),
+        ({**GROUPS, "allowed_groups": {"new"}}, True),
+        ({**GROUPS, "allowed_groups": {"old"}}, False),
+    ],
+)
+def test_who_could_not_log_in_any_more_has_no_session(broker, settings, allowed):
+    broker.answers["/v1/check-session"] = {"active": True, "token": TOKEN}
+    user = User("alice", STATE)
+    answer = refresh(broker, auth=authenticator(**settings), user=user)
+    assert (answer and answer["name"]) == ("alice" if allowed else False)
+    assert broker.requests("/v1/logout") == ([] if allowed else [{"user": "alice", "not_allowed": True}])
+    if not allowed:  # also an adopted token must leave the database
+        assert user.auth_state["refresh_token"] == "tbh_2"
+
+
+def test_allowed_is_the_name_that_logged_in_and_not_what_the_site_made_of_it(broker):
+    broker.answers["/v1/check-session"] = {"active": True, "token": TOKEN}
+    auth = authenticator(allow_all=False, allowed_users={"alice"})
+    assert refresh(broker, auth=auth, user=User("alice-renamed", STATE))["name"] == "alice-renamed"
+
+
+@pytest.mark.parametrize(
+    ("error", "allowed"), [(web.HTTPError(403, "not you"), False), (web.HTTPError(500), True), (ConnectionError(), True)]
+)
+def test_trouble_in_finding_out_who_is_allowed_logs_nobody_out(broker, error, allowed):
+    broker.answers["/v1/check-session"] = {"active": True, "token": TOKEN}
+    auth = authenticator()
+
+    async def check_allowed(username, model):
+        raise error
+
+    auth.check_allowed = check_allowed
+    assert bool(refresh(broker, auth=auth)) is allowed
+
+
+@pytest.mark.parametrize("answer", [(503, {"code": "unavailable"}), (400, {"code": "invalid"})])
+def test_a_session_that_is_not_allowed_ends_whatever_the_broker_says(broker, answer):
+    broker.answers["/v1/check-session"] = {"active": True, "token": TOKEN}
+    broker.answers["/v1/logout"] = answer
+    assert refresh(broker, auth=authenticator(blocked_users={"alice"})) is False
 
 
 @pytest.mark.parametrize(

@@ -196,9 +196,38 @@ def refresh_hook(broker, provider, unchecked_seconds):
             return decided or True
         if isinstance(decided, dict):
             return {**decided, "auth_state": _with_token(decided.get("auth_state") or auth_state, token)}
-        return await _new_model(authenticator, user, auth_state, token)
+        model = await _new_model(authenticator, token)
+        if model and await _allowed(authenticator, model):
+            # A site's post_auth_hook may have renamed the user at login; the broker
+            # has just said whose session this is, and another name is an error.
+            return {**model, "name": user.name}
+        await _keep(authenticator, user, auth_state, token)
+        if not model:
+            return True
+        authenticator.log.warning("%s is not allowed any more: the session ends", user.name)
+        try:
+            await broker.call("logout", {"user": user.name, "not_allowed": True})
+        except (BrokerDown, Refused) as e:
+            authenticator.log.warning("token broker, %s is not allowed any more: %s", user.name, e)
+        return False
 
     return refresh_user_hook
+
+
+async def _allowed(authenticator, model):
+    """Whether the hub would let the user log in with this model. It asks that at
+    each login and never again. Trouble in finding out logs nobody out."""
+    try:
+        name = authenticator.normalize_username(model["name"])
+        for check in (authenticator.check_blocked_users, authenticator.check_allowed):
+            allowed = check(name, model)
+            if not (await allowed if inspect.isawaitable(allowed) else allowed):
+                return False
+    except web.HTTPError as e:
+        return e.status_code != 403
+    except Exception as e:
+        authenticator.log.warning("whether %s is allowed can't be told now: %s", model["name"], type(e).__name__)
+    return True
 
 
 def _fingerprint(access_token):
@@ -211,24 +240,24 @@ def _is_token(token):
     )
 
 
-async def _new_model(authenticator, user, auth_state, token):
-    """The auth model of a new token, made as at login. None would have
-    OAuthenticator ask with the old token first, and fail if that has ended."""
+async def _new_model(authenticator, token):
+    """The auth model of a new token, made as at login; None if that can't be done
+    now, which logs nobody out. To leave it to OAuthenticator would have it ask with
+    the old token first, and fail if that has ended."""
     try:
-        model = await authenticator._token_to_auth_model(dict(token))
-        # A site's post_auth_hook may have renamed the user at login; the broker
-        # has just said whose session this is, and another name is an error.
-        return {**model, "name": user.name}
+        return await authenticator._token_to_auth_model(dict(token))
     except Exception as e:
         # The type only: OAuthenticator puts tokens into such texts.
-        authenticator.log.warning("user data of %s are not available now: %s", user.name, type(e).__name__)
+        authenticator.log.warning("user data are not available now: %s", type(e).__name__)
+
+
+async def _keep(authenticator, user, auth_state, token):
+    """Keeps a token without a model: at adoption the old refresh token must leave
+    the database now."""
     try:
-        # Nobody is logged out, and the token is kept all the same: at adoption
-        # the old refresh token must leave the database now.
         await user.save_auth_state(_with_token(auth_state, token))
     except Exception as e:
         authenticator.log.warning("saving auth_state of %s: %s", user.name, type(e).__name__)
-    return True
 
 
 def _with_token(auth_state, token):
