@@ -103,6 +103,7 @@ func TestBothEdgesSayTheSame(t *testing.T) {
 		{"a share", ready, &pb.SetSharedRequest{User: "alice", Shared: true}, "", ""},
 		{"a share that ends", func(s *stack) { s.ready(); s.share() }, &pb.SetSharedRequest{User: "alice"}, "", ""},
 		{"a logout", ready, &pb.LogoutRequest{User: "alice"}, "", ""},
+		{"a logout of who is not allowed any more", ready, &pb.LogoutRequest{User: "alice", NotAllowed: true}, "", ""},
 		{"a logout of nobody", nil, &pb.LogoutRequest{}, broker.Invalid, "user"},
 		{"a share of an unknown server", nil, &pb.SetSharedRequest{User: "alice", Server: "gpu", Shared: true}, "", ""},
 		{"the end of a server", ready, &pb.UnregisterRequest{User: "alice"}, "", ""},
