@@ -219,7 +219,7 @@ func (w *world) handedOn(t *testing.T) {
 func (w *world) outlived(t *testing.T) {
 	w.user(t, "main", "rupert", "rupert")
 	s := w.register(t, "main", "rupert", "rupert", "rupert")
-	options := append(s.mount(), "-v", w.shared+":/chan", "-v", "/sys/fs/cgroup:/cg", "--pid=host")
+	options := append(s.mount(), "-v", w.shared+":/chan", "-v", "/sys/fs/cgroup:/cg", "--pid=host", "--cgroupns=host")
 	w.runs(t, s.name, options, "outlive", socket, "/chan/outlive.go", "/chan/outlive")
 	file := func(name string) func() bool {
 		return func() bool { _, err := os.Stat(filepath.Join(w.shared, name)); return err == nil }

@@ -170,7 +170,11 @@ func outlive(socket, when, where string) error {
 }
 
 func linger(socket, when, where string) error {
-	if err := enter(procsFiles("/cg", "")); err != nil {
+	roots := []string{"/cg/cgroup.procs"} // of v2
+	if _, err := os.Stat(roots[0]); err != nil {
+		roots = procsFiles("/cg", "")
+	}
+	if err := enter(roots); err != nil {
 		return err
 	}
 	if err := os.WriteFile(where+".ready", nil, 0o644); err != nil {
