@@ -273,10 +273,13 @@ type anybody struct{}
 func (anybody) Bind(_ context.Context, r broker.Registration) (*broker.Workload, error) {
 	return &broker.Workload{Container: r.ContainerName, Name: r.ContainerName, PID: 1, Level: "proc"}, nil
 }
-func (anybody) Attest(*broker.Peer, *broker.Workload) error     { return nil }
-func (anybody) Alive(*broker.Peer) error                        { return nil }
-func (anybody) Watch(ctx context.Context, _ func(string)) error { <-ctx.Done(); return ctx.Err() }
-func (anybody) Check(context.Context) (string, error)           { return "proc", nil }
+func (anybody) Attest(*broker.Peer, *broker.Workload) error { return nil }
+func (anybody) Alive(*broker.Peer) error                    { return nil }
+func (anybody) Watch(ctx context.Context, _ func(string), _ func(broker.Exec)) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+func (anybody) Check(context.Context) (string, error) { return "proc", nil }
 
 // traced is a Provider in whose requests the process can be killed.
 type traced struct{ broker.Provider }
