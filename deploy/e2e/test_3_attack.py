@@ -30,7 +30,7 @@ def refused(audit):
         answer = json.loads(printed)
         assert answer.get("code") == "unknown_peer", answer
         assert answer["status"] == 401 and "access_token" not in answer
-        (line,) = audit(answer["ref"])
+        (line,) = audit('"ref":"' + answer["ref"] + '"')
         assert "unknown_peer" in line
         return json.loads(line)
 
