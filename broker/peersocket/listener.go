@@ -36,8 +36,9 @@ func (l *Listener) Close() error {
 // whoever speaks here is the hub.
 //
 // The socket belongs to uid with mode 0600, so that the kernel keeps everybody
-// else from even connecting. A broker that may not give files away leaves it
-// open to all and relies on the check of the peer, which is done in any case.
+// else from even connecting. A broker that may not give files away keeps it for
+// itself if the hub is root, and else leaves it open to all and relies on the check
+// of the peer, which is done in any case.
 // The directory should hold nothing else: a hub in a container mounts it.
 func ListenHub(path string, hub broker.HubID, uid uint32, log *slog.Logger) (*Listener, error) {
 	key := fmt.Sprintf("hubs.%s.socket", hub)
@@ -75,7 +76,11 @@ func listenFor(key, path string, uid uint32, log *slog.Logger) (*Listener, error
 		return nil, fmt.Errorf("%s: %w", key, err)
 	}
 	ln, err := listen(path, 0o600, &uid)
-	if errors.Is(err, fs.ErrPermission) && uid != uint32(os.Geteuid()) {
+	switch {
+	case !errors.Is(err, fs.ErrPermission) || uid == uint32(os.Geteuid()):
+	case uid == 0: // who may open it all the same
+		ln, err = listen(path, 0o600, nil)
+	default:
 		ln, err = listen(path, 0o666, nil)
 	}
 	if err != nil {

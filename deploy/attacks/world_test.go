@@ -7,8 +7,10 @@ import (
 	"bytes"
 	"crypto/rand"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
@@ -16,6 +18,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -108,6 +111,7 @@ func newWorld(t *testing.T) *world {
 	}
 	fmt.Fprintf(&providers, provider, "idp", w.issuer, callback, "")
 	w.write(t, "tokenbroker.yaml", fmt.Sprintf(config, w.dir, *engine, redis.Socket, providers.String()))
+	w.handOver(t, redis.Socket)
 	w.startBroker(t)
 	return w
 }
@@ -292,7 +296,7 @@ func (w *world) startBroker(t *testing.T) {
 	}
 	defer log.Close()
 	before, _ := log.Seek(0, io.SeekEnd)
-	p := &process{cmd: exec.Command(w.program, "serve", "--config", w.path("tokenbroker.yaml")), done: make(chan struct{})}
+	p := &process{cmd: exec.Command("setpriv", append(w.privileges(t), w.program, "serve", "--config", w.path("tokenbroker.yaml"))...), done: make(chan struct{})}
 	p.cmd.Stderr = log
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -310,6 +314,36 @@ func (w *world) startBroker(t *testing.T) {
 		text, _ := os.ReadFile(log.Name())
 		return bytes.Contains(text[before:], []byte(`"msg":"serving"`))
 	})
+}
+
+// brokerUID is nobody else on this machine.
+const brokerUID = 64990
+
+// privileges are those that deploy/site/tokenbroker.service gives the broker: it is
+// not root, reaches Docker by a group, and has one capability.
+func (w *world) privileges(t *testing.T) []string {
+	t.Helper()
+	info, err := os.Stat(*engine)
+	if err != nil {
+		t.Fatal(err)
+	}
+	uid, caps := strconv.Itoa(brokerUID), "-all,+sys_ptrace"
+	return []string{
+		"--reuid", uid, "--regid", uid, "--groups", fmt.Sprint(info.Sys().(*syscall.Stat_t).Gid),
+		"--bounding-set", caps, "--inh-caps", caps, "--ambient-caps", caps, "--no-new-privs",
+	}
+}
+
+// handOver gives the broker's user what is the broker's, and Redis' socket.
+func (w *world) handOver(t *testing.T, socket string) {
+	t.Helper()
+	err := filepath.WalkDir(w.dir, func(path string, _ fs.DirEntry, err error) error {
+		return errors.Join(err, os.Chown(path, brokerUID, brokerUID))
+	})
+	err = errors.Join(err, os.Chmod(filepath.Dir(socket), 0o711), os.Chown(socket, brokerUID, brokerUID))
+	if err != nil {
+		t.Fatal(err)
+	}
 }
 
 // stopBroker ends it in order.
