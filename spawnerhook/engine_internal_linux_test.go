@@ -1,0 +1,44 @@
+package spawnerhook
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/moby/moby/api/types/container"
+)
+
+// Whatever an engine says of a container: it is an odd answer, or one that names a
+// container by its full ID and can be judged, privileged ones as refused.
+func FuzzInspect(f *testing.F) {
+	captured, err := filepath.Glob("testdata/*-inspect-*.json")
+	if err != nil || len(captured) == 0 {
+		f.Fatalf("no captured answers: %v", err)
+	}
+	for _, name := range captured {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(text)
+	}
+	f.Add([]byte(`{"State":{},"HostConfig":{},"Config":{}}`))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		var c container.InspectResponse
+		if json.Unmarshal(text, &c) != nil {
+			return
+		}
+		s, err := stateOf(c)
+		if err != nil {
+			return
+		}
+		if !fullID(s.ID) || s.Running && s.PID <= 0 {
+			t.Errorf("taken for a container: %+v", s)
+		}
+		e := &evidence{posture: s.posture}
+		if s.Privileged && refusal(e.findings(nil)) == "" {
+			t.Errorf("a privileged container is not refused: %+v", s)
+		}
+	})
+}
