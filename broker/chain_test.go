@@ -123,7 +123,7 @@ func TestEachWayToChangeAnAuditIsFoundAndTheLineIsNamed(t *testing.T) {
 			{"a line is removed", slices.Delete(slices.Clone(all), 3, 4), []string{"audit:4: before line " + ref(4) + " (number 5) a line is missing, of number 4"}},
 			{"three lines are removed", slices.Delete(slices.Clone(all), 3, 6), []string{"audit:4: before line " + ref(6) + " (number 7) 3 lines are missing, of number 4 to 6"}},
 			{"a line is changed", with(all, 3, edit(all[3], "bob", "eve")), []string{"audit:4: this line, which calls itself \"" + ref(3) + "\", was changed"}},
-			{"a MAC is changed", with(all, 3, all[3][:len(all[3])-4]+`00"}`), []string{"audit:4: this line, which calls itself \"" + ref(3) + "\", was changed"}},
+			{"a MAC is changed", with(all, 3, all[3][:len(all[3])-34]+strings.Repeat("0", 32)+`"}`), []string{"audit:4: this line, which calls itself \"" + ref(3) + "\", was changed"}},
 			{"a line is made to be none", with(all, 3, "{}"), []string{"audit:4: this line, which has not the form of one, was changed"}},
 			{"one is changed and the next removed", slices.Delete(with(all, 3, edit(all[3], "bob", "eve")), 4, 5), []string{"audit:4: this line", "audit:5: before line " + ref(5) + " (number 6) a line is missing, among the numbers 4 to 5"}},
 			{"a line is put in", slices.Insert(slices.Clone(all), 3, foreign[5]), []string{"audit:4: this line, which calls itself \"" + other.headOf(foreign[5]).Ref + "\", was put in"}},
@@ -273,11 +273,10 @@ func TestTheChainOutlivesAFullDisk(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")
 		p := r.running("alice", 100)
-		r.audit.room = 30
-		r.audit.fail = errors.New("no space left on device")
+		r.audit.fail(errors.New("no space left on device"), 30)
 		r.refused(p, broker.Want{}, broker.ErrUnavailable)
 		r.refused(p, broker.Want{}, broker.ErrUnavailable)
-		r.audit.fail, r.audit.room = nil, 0
+		r.audit.fail(nil, 0)
 		r.token(p, broker.Want{})
 		r.token(p, broker.Want{})
 		v := broker.NewAuditVerifier(r.cfg.Keys.AuditMAC(), nil)
@@ -407,10 +406,10 @@ func TestRefusalsAreCountedOnWhileTheAuditCanNotBeWritten(t *testing.T) {
 		stranger := r.peer("alice", 7)
 		r.refused(stranger, broker.Want{}, broker.ErrUnknownPeer)
 		r.refused(stranger, broker.Want{}, broker.ErrUnknownPeer)
-		r.audit.fail = errors.New("disk full")
+		r.audit.fail(errors.New("disk full"), 0)
 		time.Sleep(5 * time.Minute)
 		r.refused(stranger, broker.Want{}, broker.ErrUnknownPeer)
-		r.audit.fail = nil
+		r.audit.fail(nil, 0)
 		time.Sleep(time.Minute)
 		all := r.audit.entries(t, "token")
 		if len(all) != 2 || all[1].Count != 2 {
@@ -445,9 +444,9 @@ func TestAnAdministratorWhoLooksAgainAndAgainIsCounted(t *testing.T) {
 			r.Looked(&broker.Peer{PID: pid + 1, UID: 0}, "status", "", "")
 		}
 		r.Looked(&broker.Peer{PID: 1, UID: 0}, "user", "main", "alice")
-		r.audit.fail = errors.New("disk full")
+		r.audit.fail(errors.New("disk full"), 0)
 		r.Looked(&broker.Peer{PID: 1, UID: 0}, "user", "main", "bob")
-		r.audit.fail = nil
+		r.audit.fail(nil, 0)
 		time.Sleep(90 * time.Second)
 		all := r.audit.entries(t, "status")
 		if len(all) != 2 || all[0].By != "uid 0 (root), pid 1" || all[1].Count != 99 || all[1].By != "uid 0" {

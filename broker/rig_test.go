@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -196,18 +197,29 @@ func (r *rig) nothingLeaked() {
 // audit is a writer that can fail.
 type audit struct {
 	brokertest.Buffer
-	fail error
-	room int // bytes that are written although it fails
 	slow func()
+
+	mu   sync.Mutex // guards what follows: brokers also write by themselves
+	err  error
+	room int
+}
+
+// fail has each write fail after so many bytes; nil ends that.
+func (a *audit) fail(err error, room int) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.err, a.room = err, room
 }
 
 func (a *audit) Write(p []byte) (int, error) {
 	if a.slow != nil {
 		a.slow()
 	}
-	if a.fail != nil {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.err != nil {
 		n, _ := a.Buffer.Write(p[:a.room])
-		return n, a.fail
+		return n, a.err
 	}
 	return a.Buffer.Write(p)
 }

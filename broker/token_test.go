@@ -178,9 +178,9 @@ func TestNoRecordNoToken(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		r.loggedIn("alice")
 		p := r.running("alice", 100)
-		r.audit.fail = errors.New("disk full")
+		r.audit.fail(errors.New("disk full"), 0)
 		r.refused(p, broker.Want{}, broker.ErrUnavailable)
-		r.audit.fail = nil
+		r.audit.fail(nil, 0)
 		r.token(p, broker.Want{})
 	})
 }

@@ -51,9 +51,10 @@ func (h handed) RoundTrip(r *http.Request) (*http.Response, error) {
 type logoutRig struct {
 	*stranger
 	*broker.Broker
-	provider   *oauthprovider.Provider
-	store      *brokertest.MemStore
-	audit, log bytes.Buffer
+	provider *oauthprovider.Provider
+	store    *brokertest.MemStore
+	audit    brokertest.Buffer // brokers also write to it by themselves
+	log      bytes.Buffer
 }
 
 func inLogoutRig(t *testing.T, profile string, f func(t *testing.T, r *logoutRig)) {
