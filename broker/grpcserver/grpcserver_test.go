@@ -102,7 +102,8 @@ type peerConn struct {
 	peer *broker.Peer
 }
 
-func (c peerConn) Peer() *broker.Peer { return c.peer }
+func (c peerConn) Peer() *broker.Peer             { return c.peer }
+func (c peerConn) Begin() (end func(), err error) { return func() {}, nil }
 
 func (l peerListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()

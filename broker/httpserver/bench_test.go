@@ -177,7 +177,10 @@ func newBench(b *testing.B) (ours, bare sockets) {
 	audit, err := broker.OpenAudit(dir+"/audit.jsonl", nil, dir+"/head", keys.AuditMAC(), quietLog())
 	check(b, err)
 	b.Cleanup(func() { audit.Close() })
-	s := newStack(b, setup{store: store, audit: audit, attestor: func(a *brokertest.Attestor) broker.Attestor { return kernel{a} }})
+	s := newStack(b, setup{
+		store: store, audit: audit, attestor: func(a *brokertest.Attestor) broker.Attestor { return kernel{a} },
+		rate: 1e6, // counted, and never reached
+	})
 	s.provider.SetLife(time.Hour)
 	s.ready()
 	path := s.sock(alice)

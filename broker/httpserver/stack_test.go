@@ -53,6 +53,7 @@ type setup struct {
 	audit    io.Writer
 	attestor func(*brokertest.Attestor) broker.Attestor
 	provider func(*brokertest.Provider) broker.Provider
+	rate     int // of each server
 }
 
 // newStack starts a broker with one hub, two providers and one rule. Nobody has
@@ -84,6 +85,9 @@ func newStack(t testing.TB, set setup) *stack {
 	log := slog.New(slog.NewTextHandler(s.log, nil))
 	s.servers, err = peersocket.NewServers(dir+"/servers", log)
 	check(t, err)
+	if set.rate != 0 {
+		s.servers.SetRate(set.rate)
+	}
 	keys, err := seal.New()
 	check(t, err)
 	s.b, err = broker.New(broker.Config{
