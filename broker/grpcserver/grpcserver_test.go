@@ -390,3 +390,18 @@ func TestACallerWhoLeavesEndsHisOwnCallOnly(t *testing.T) {
 		t.Errorf("the provider was asked %d times, want once", n)
 	}
 }
+
+// The headers of a call and no message: whoever doesn't go on is cut off, and the
+// broker has no goroutine left that waits for him.
+func TestARequestThatNeverArrivesEndsItsConnection(t *testing.T) {
+	t.Cleanup(grpcserver.ShortenSends(time.Millisecond))
+	r := newRig(t)
+	cc := r.dial(grpcserver.NewWorkload(r.b, r.logger), asServer)
+	for _, method := range []string{pb.Workload_GetToken_FullMethodName, pb.Workload_Watch_FullMethodName} {
+		s, err := cc.NewStream(context.Background(), &grpc.StreamDesc{ClientStreams: true}, method)
+		check(t, err)
+		if err := s.RecvMsg(new(pb.GetTokenResponse)); status.Code(err) != codes.Unavailable {
+			t.Errorf("%s: %v, want the connection's end", method, err)
+		}
+	}
+}
