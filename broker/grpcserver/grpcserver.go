@@ -53,9 +53,12 @@ type edge struct {
 	b      *broker.Broker
 	log    *slog.Logger
 	serves func(*broker.Peer) bool // keeps a service off another one's sockets
+
+	sendWithin time.Duration
 }
 
 func (e edge) server(desc grpc.ServiceDesc, service any) *grpc.Server {
+	e.sendWithin = sendWithin
 	s := grpc.NewServer(
 		grpc.Creds(peerCredentials{}),
 		grpc.ConnectionTimeout(5*time.Second),
@@ -175,7 +178,8 @@ func (e edge) stream(action string, method grpc.StreamHandler) grpc.StreamHandle
 // A call is one that was counted in.
 type call struct {
 	caller
-	end func() // counts it out
+	end        func() // counts it out
+	sendWithin time.Duration
 }
 
 // begin counts a call in, before anything is done for it.
@@ -185,7 +189,7 @@ func (e edge) begin(ctx context.Context) (call, error) {
 		return call{}, broker.Errorf(broker.UnknownPeer, "this socket serves others")
 	}
 	end, err := c.Begin()
-	return call{c, end}, err
+	return call{c, end, e.sendWithin}, err
 }
 
 // received is a stream whose requests are read as those of other methods are.

@@ -394,9 +394,10 @@ func TestACallerWhoLeavesEndsHisOwnCallOnly(t *testing.T) {
 // The headers of a call and no message: whoever doesn't go on is cut off, and the
 // broker has no goroutine left that waits for him.
 func TestARequestThatNeverArrivesEndsItsConnection(t *testing.T) {
-	t.Cleanup(grpcserver.ShortenSends(time.Millisecond))
 	r := newRig(t)
+	undo := grpcserver.ShortenSends(time.Millisecond)
 	cc := r.dial(grpcserver.NewWorkload(r.b, r.logger), asServer)
+	undo()
 	for _, method := range []string{pb.Workload_GetToken_FullMethodName, pb.Workload_Watch_FullMethodName} {
 		s, err := cc.NewStream(context.Background(), &grpc.StreamDesc{ClientStreams: true}, method)
 		check(t, err)

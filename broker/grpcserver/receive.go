@@ -32,19 +32,19 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 }
 
 // sendWithin is how long a caller may take to send a request. It is the same over
-// HTTP. Tests shorten it.
+// HTTP. Tests shorten it for the servers they make.
 var sendWithin = 10 * time.Second
 
 // receive reads a request into m. A stream can't be told to read no longer, so
 // whoever doesn't send what it began loses its connection.
 func (c call) receive(read func(any) error, m any) error {
 	r := request{message: m}
-	patience := time.AfterFunc(sendWithin, func() { c.Close() })
+	patience := time.AfterFunc(c.sendWithin, func() { c.Close() })
 	err := read(&r)
 	late := !patience.Stop()
 	switch {
 	case late && err != nil:
-		return broker.Errorf(broker.Limited, "the request did not arrive within %s", sendWithin)
+		return broker.Errorf(broker.Limited, "the request did not arrive within %s", c.sendWithin)
 	case r.err != nil:
 		return broker.Errorf(broker.Invalid, "the request is not a valid message of its type")
 	case status.Code(err) == codes.ResourceExhausted:

@@ -82,7 +82,7 @@ func (e edge) server(h http.Handler) *http.Server {
 		IdleTimeout:                  5 * time.Minute,
 		MaxHeaderBytes:               12 << 10, // net/http adds 4 KiB
 		DisableGeneralOptionsHandler: true,
-		ConnContext:                  withConnection,
+		ConnContext:                  withConnection(maxAge),
 		ErrorLog:                     slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
 	}
 }
@@ -156,7 +156,7 @@ func (e edge) begin(w http.ResponseWriter, r *http.Request) (end func(), err err
 	if c == nil || !e.serves(c.Peer()) {
 		return nil, broker.Errorf(broker.UnknownPeer, "this socket serves others")
 	}
-	if time.Since(c.since) > maxAge {
+	if time.Now().After(c.until) {
 		w.Header().Set("Connection", "close")
 	}
 	return c.Begin()
@@ -212,7 +212,7 @@ func (e edge) told(r *http.Request, p *broker.Peer, action string, err error) *b
 }
 
 // maxAge is how long a connection is used for new requests, the same as over gRPC.
-// Tests shorten it.
+// Tests shorten it for the servers they make.
 var maxAge = 10 * time.Minute
 
 // A caller is a connection that knows its Peer and counts the requests that come
@@ -225,18 +225,20 @@ type caller interface {
 // A connection is what its requests need to know of it.
 type connection struct {
 	caller
-	since time.Time
+	until time.Time // the last request may come in over it
 }
 
 type connectionKey struct{}
 
 // withConnection puts a connection into the context of its requests.
-func withConnection(ctx context.Context, c net.Conn) context.Context {
-	known, ok := c.(caller)
-	if !ok {
-		return ctx
+func withConnection(age time.Duration) func(context.Context, net.Conn) context.Context {
+	return func(ctx context.Context, c net.Conn) context.Context {
+		known, ok := c.(caller)
+		if !ok {
+			return ctx
+		}
+		return context.WithValue(ctx, connectionKey{}, &connection{known, time.Now().Add(age)})
 	}
-	return context.WithValue(ctx, connectionKey{}, &connection{known, time.Now()})
 }
 
 // connectionOf returns what a request came in over, or nil if that is not known.

@@ -405,25 +405,17 @@ func TestConnectionsThatDoNothingHoldUpNobody(t *testing.T) {
 }
 
 func TestAConnectionIsNotForEver(t *testing.T) {
-	s := newStack(t, setup{})
-	s.ready()
-	request := func() string { // as long as the connection stays, there is no end of the answer
-		c, err := net.Dial("unix", s.sock(alice))
+	for age, closes := range map[time.Duration]bool{time.Hour: false, 0: true} {
+		undo := httpserver.ShortenAge(age)
+		s := newStack(t, setup{})
+		undo()
+		s.ready()
+		resp, err := s.http(s.sock(alice)).Get("http://localhost/v1/token")
 		check(t, err)
-		defer c.Close()
-		_, err = io.WriteString(c, "GET /v1/providers HTTP/1.1\r\nHost: localhost\r\n\r\n")
-		check(t, err)
-		answer := make([]byte, 4096)
-		n, err := c.Read(answer)
-		check(t, err)
-		return string(answer[:n])
-	}
-	if got := request(); strings.Contains(got, "Connection: close") {
-		t.Errorf("a new connection: %s", got)
-	}
-	t.Cleanup(httpserver.ShortenAge(0))
-	if got := request(); !strings.HasPrefix(got, "HTTP/1.1 200 ") || !strings.Contains(got, "Connection: close") {
-		t.Errorf("an old connection: %s, want the answer and the end", got)
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusOK || resp.Close != closes {
+			t.Errorf("after %s: %s, and the end is %v, want 200 and %v", age, resp.Status, resp.Close, closes)
+		}
 	}
 }
 
