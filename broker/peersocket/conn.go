@@ -46,14 +46,15 @@ func (c *Conn) Read(b []byte) (int, error) {
 	return n, nil
 }
 
+// readOn reads a little and has it wait until it is its turn.
 func (c *Conn) readOn(b []byte) (int, error) {
-	for d := c.door.meter.debt(); d > 0; d = c.door.meter.debt() {
-		if !wait(d, c.done) {
-			return 0, net.ErrClosed
-		}
+	if c.door.meter != nil {
+		b = b[:min(len(b), atATime)]
 	}
 	n, err := c.UnixConn.Read(b)
-	c.door.meter.spend(n)
+	if !wait(c.door.meter.read(n), c.done) {
+		return 0, net.ErrClosed
+	}
 	return n, err
 }
 
@@ -113,8 +114,7 @@ func (c *Conn) listenFirst(patience time.Duration) (speaksGRPC bool, err error) 
 	buf := make([]byte, firstRead)
 	n := 0
 	for {
-		m, err := c.UnixConn.Read(buf[n:])
-		c.door.meter.spend(m)
+		m, err := c.readOn(buf[n:])
 		n += m
 		if speaksGRPC, clear := protocol(buf[:n]); clear {
 			c.first = buf[:n]

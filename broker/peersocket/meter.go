@@ -10,17 +10,19 @@ import (
 )
 
 const (
-	// burst is for how many seconds' worth a server may ask at once.
+	// burst is for how many seconds' worth of requests a server may ask at once.
 	burst = 4
 	// atOnce is how many requests of a server are answered at the same time. An
 	// open Watch is one of them, and at most a quarter of them are (broker.Watch).
 	atOnce = 128
 
-	// What a server makes the broker do is counted in bytes read. A request is a
-	// few hundred of them. What costs more than its bytes is counted for more.
-	bytesPerRequest = 2560
-	connectionCosts = 1 << 10 // who is it, and a goroutine
-	refusalCosts    = 4 << 10 // an answer that nobody needs, and its audit line
+	// What a server makes the broker do is counted in bytes. A request is a few
+	// hundred of them; what costs more than its bytes is counted for more.
+	bytesPerRequest = 1 << 10
+	connectionCosts = 1 << 9  // to ask the kernel who it is, and a goroutine
+	refusalCosts    = 2 << 10 // an answer, and its line in the audit
+	// atATime is how much of one connection is read before it is another's turn.
+	atATime = 1 << 10
 )
 
 // A meter bounds what the callers of one server make the broker do, over all of
@@ -43,7 +45,7 @@ func newMeter(perSecond int) *meter {
 	m := &meter{
 		perSecond: perSecond,
 		requests:  rate.NewLimiter(rate.Limit(perSecond), burst*perSecond),
-		bytes:     rate.NewLimiter(rate.Limit(perSecond*bytesPerRequest), burst*perSecond*bytesPerRequest),
+		bytes:     rate.NewLimiter(rate.Limit(perSecond*bytesPerRequest), max(perSecond*bytesPerRequest, atATime)),
 	}
 	m.end = func() { m.busy.Add(-1) }
 	return m
@@ -67,25 +69,29 @@ func (m *meter) begin() (end func(), err error) {
 	return m.end, nil
 }
 
-// spend counts bytes. The debt is bounded, so that whoever stops is soon served
-// again.
-func (m *meter) spend(n int) {
+// read counts bytes that were read, and returns how long they must wait.
+func (m *meter) read(n int) time.Duration {
 	if m == nil || n <= 0 {
+		return 0
+	}
+	return m.bytes.ReserveN(time.Now(), n).Delay()
+}
+
+// spend counts what costs more than its bytes. The debt is bounded, so that
+// whoever stops is soon served again.
+func (m *meter) spend(n int) {
+	if m == nil {
 		return
 	}
 	if now := time.Now(); m.bytes.TokensAt(now) > -float64(m.bytes.Burst()) {
-		m.bytes.ReserveN(now, n)
+		m.bytes.ReserveN(now, min(n, m.bytes.Burst()))
 	}
 }
 
-// debt is how long to read nothing.
+// debt is how long to take no connection.
 func (m *meter) debt() time.Duration {
 	if m == nil {
 		return 0
 	}
-	over := -m.bytes.Tokens()
-	if over <= 0 {
-		return 0
-	}
-	return time.Duration(over / float64(m.bytes.Limit()) * float64(time.Second))
+	return m.bytes.ReserveN(time.Now(), 0).Delay()
 }

@@ -464,7 +464,7 @@ func TestWhoeverTakesNothingIsGivenUp(t *testing.T) {
 // connections. What waits ends with the connection and with the server.
 func TestAServersBytesAreReadAtItsRate(t *testing.T) {
 	s, _ := newServers(t)
-	s.SetRate(1) // 10 KiB, and 2.5 KiB a second
+	s.SetRate(1) // 1 KiB a second
 	path := open(t, s, alice)
 	var last knowsPeer
 	var ended chan error
