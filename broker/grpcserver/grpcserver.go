@@ -53,9 +53,12 @@ type edge struct {
 	b      *broker.Broker
 	log    *slog.Logger
 	serves func(*broker.Peer) bool // keeps a service off another one's sockets
+
+	sendWithin time.Duration
 }
 
 func (e edge) server(desc grpc.ServiceDesc, service any) *grpc.Server {
+	e.sendWithin = sendWithin
 	s := grpc.NewServer(
 		grpc.Creds(peerCredentials{}),
 		grpc.ConnectionTimeout(5*time.Second),
@@ -68,9 +71,13 @@ func (e edge) server(desc grpc.ServiceDesc, service any) *grpc.Server {
 		grpc.NumStreamWorkers(uint32(runtime.GOMAXPROCS(0))),
 		// Thousands of containers keep a connection each and rarely use it.
 		grpc.ReadBufferSize(4<<10),
+		// Requests are small: a window never grows, so nobody can fill memory by it.
+		grpc.StaticStreamWindowSize(maxMessage),
+		grpc.StaticConnWindowSize(maxMessage),
 		// A caller's credentials are those of its connect, so no connection is
 		// for ever.
 		grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionIdle:     5 * time.Minute,
 			MaxConnectionAge:      10 * time.Minute,
 			MaxConnectionAgeGrace: time.Minute,
 			Time:                  5 * time.Minute,
@@ -133,10 +140,12 @@ func (e edge) answer(action string, method grpc.MethodHandler) grpc.MethodHandle
 				answer, err = nil, e.refuse(p, action, e.crashed(action, v))
 			}
 		}()
-		if p == nil || !e.serves(p) {
-			return nil, e.refuse(p, action, broker.Errorf(broker.UnknownPeer, "this socket serves others"))
+		c, err := e.begin(ctx)
+		if err != nil {
+			return nil, e.refuse(p, action, err)
 		}
-		answer, err = method(service, ctx, func(m any) error { return receive(read, m) }, i)
+		defer c.end()
+		answer, err = method(service, ctx, func(m any) error { return c.receive(read, m) }, i)
 		if err != nil {
 			return nil, e.failed(ctx, p, action, err)
 		}
@@ -154,20 +163,42 @@ func (e edge) stream(action string, method grpc.StreamHandler) grpc.StreamHandle
 				err = e.refuse(p, action, e.crashed(action, v))
 			}
 		}()
-		if p == nil || !e.serves(p) {
-			return e.refuse(p, action, broker.Errorf(broker.UnknownPeer, "this socket serves others"))
+		c, err := e.begin(ctx)
+		if err != nil {
+			return e.refuse(p, action, err)
 		}
-		if err := method(service, received{s}); err != nil {
+		defer c.end()
+		if err := method(service, received{s, c}); err != nil {
 			return e.failed(ctx, p, action, err)
 		}
 		return nil
 	}
 }
 
-// received is a stream whose requests are read as those of other methods are.
-type received struct{ grpc.ServerStream }
+// A call is one that was counted in.
+type call struct {
+	caller
+	end        func() // counts it out
+	sendWithin time.Duration
+}
 
-func (s received) RecvMsg(m any) error { return receive(s.ServerStream.RecvMsg, m) }
+// begin counts a call in, before anything is done for it.
+func (e edge) begin(ctx context.Context) (call, error) {
+	c := callerOf(ctx)
+	if c == nil || !e.serves(c.Peer()) {
+		return call{}, broker.Errorf(broker.UnknownPeer, "this socket serves others")
+	}
+	end, err := c.Begin()
+	return call{c, end, e.sendWithin}, err
+}
+
+// received is a stream whose requests are read as those of other methods are.
+type received struct {
+	grpc.ServerStream
+	call call
+}
+
+func (s received) RecvMsg(m any) error { return s.call.receive(s.ServerStream.RecvMsg, m) }
 
 // failed returns the status of a call that was not served. What the domain
 // answered is recorded already.

@@ -102,7 +102,8 @@ type peerConn struct {
 	peer *broker.Peer
 }
 
-func (c peerConn) Peer() *broker.Peer { return c.peer }
+func (c peerConn) Peer() *broker.Peer             { return c.peer }
+func (c peerConn) Begin() (end func(), err error) { return func() {}, nil }
 
 func (l peerListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
@@ -387,5 +388,21 @@ func TestACallerWhoLeavesEndsHisOwnCallOnly(t *testing.T) {
 	}
 	if n := r.provider.Calls("refresh"); n != 1 {
 		t.Errorf("the provider was asked %d times, want once", n)
+	}
+}
+
+// The headers of a call and no message: whoever doesn't go on is cut off, and the
+// broker has no goroutine left that waits for him.
+func TestARequestThatNeverArrivesEndsItsConnection(t *testing.T) {
+	r := newRig(t)
+	undo := grpcserver.ShortenSends(time.Millisecond)
+	cc := r.dial(grpcserver.NewWorkload(r.b, r.logger), asServer)
+	undo()
+	for _, method := range []string{pb.Workload_GetToken_FullMethodName, pb.Workload_Watch_FullMethodName} {
+		s, err := cc.NewStream(context.Background(), &grpc.StreamDesc{ClientStreams: true}, method)
+		check(t, err)
+		if err := s.RecvMsg(new(pb.GetTokenResponse)); status.Code(err) != codes.Unavailable {
+			t.Errorf("%s: %v, want the connection's end", method, err)
+		}
 	}
 }

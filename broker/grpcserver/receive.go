@@ -1,6 +1,8 @@
 package grpcserver
 
 import (
+	"time"
+
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/encoding"
 	"google.golang.org/grpc/mem"
@@ -29,11 +31,20 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	return nil
 }
 
-// receive reads a request into m.
-func receive(read func(any) error, m any) error {
+// sendWithin is how long a caller may take to send a request. It is the same over
+// HTTP. Tests shorten it for the servers they make.
+var sendWithin = 10 * time.Second
+
+// receive reads a request into m. A stream can't be told to read no longer, so
+// whoever doesn't send what it began loses its connection.
+func (c call) receive(read func(any) error, m any) error {
 	r := request{message: m}
+	patience := time.AfterFunc(c.sendWithin, func() { c.Close() })
 	err := read(&r)
+	late := !patience.Stop()
 	switch {
+	case late && err != nil:
+		return broker.Errorf(broker.Limited, "the request did not arrive within %s", c.sendWithin)
 	case r.err != nil:
 		return broker.Errorf(broker.Invalid, "the request is not a valid message of its type")
 	case status.Code(err) == codes.ResourceExhausted:

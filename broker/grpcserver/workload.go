@@ -72,13 +72,13 @@ func (w workload) Watch(r *pb.WatchRequest, s grpc.ServerStreamingServer[pb.Watc
 	}
 	ctx := s.Context()
 	return w.b.Watch(ctx, peerOf(ctx), want, func(u broker.Update) error {
-		return sendWithin(ctx, readWithin, func() error { return s.Send(watchResponse(u)) })
+		return giveUp(ctx, readWithin, func() error { return s.Send(watchResponse(u)) })
 	})
 }
 
-// sendWithin gives up on a reader who takes nothing. send goes on until the
+// giveUp gives up on a reader who takes nothing. send goes on until the
 // stream ends, which it does with the call.
-func sendWithin(ctx context.Context, d time.Duration, send func() error) error {
+func giveUp(ctx context.Context, d time.Duration, send func() error) error {
 	sent := make(chan error, 1)
 	go func() { sent <- send() }()
 	t := time.NewTimer(d)

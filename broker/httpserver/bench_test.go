@@ -167,6 +167,15 @@ func dialJSON(t testing.TB, at sockets) (side, func()) {
 // whose answers are as long as the broker's.
 func newBench(b *testing.B) (ours, bare sockets) {
 	b.Helper()
+	s := newEarnest(b, 1e6) // requests are counted, and never too many
+	s.ready()
+	path := s.sock(alice)
+	return sockets{path, path}, s.bareLike(path)
+}
+
+// newEarnest makes a broker with all that costs time in earnest.
+func newEarnest(b *testing.B, rate int) *stack {
+	b.Helper()
 	redis := brokertest.StartRedis(b)
 	store, err := redisstore.Open(redisstore.Config{Deployment: "bench", Socket: redis.Socket})
 	check(b, err)
@@ -177,11 +186,17 @@ func newBench(b *testing.B) (ours, bare sockets) {
 	audit, err := broker.OpenAudit(dir+"/audit.jsonl", nil, dir+"/head", keys.AuditMAC(), quietLog())
 	check(b, err)
 	b.Cleanup(func() { audit.Close() })
-	s := newStack(b, setup{store: store, audit: audit, attestor: func(a *brokertest.Attestor) broker.Attestor { return kernel{a} }})
+	s := newStack(b, setup{
+		store: store, audit: audit, attestor: func(a *brokertest.Attestor) broker.Attestor { return kernel{a} }, rate: rate,
+	})
 	s.provider.SetLife(time.Hour)
-	s.ready()
-	path := s.sock(alice)
+	return s
+}
 
+// bareLike starts bare servers that answer as the one at path does.
+func (s *stack) bareLike(path string) sockets {
+	b := s.t
+	b.Helper()
 	answer := new(pb.GetTokenResponse)
 	check(b, s.grpc(path).Invoke(context.Background(), pb.Workload_GetToken_FullMethodName, &pb.GetTokenRequest{Provider: "keycloak"}, answer))
 	resp, err := s.http(path).Get("http://localhost/v1/token/keycloak")
@@ -189,7 +204,7 @@ func newBench(b *testing.B) (ours, bare sockets) {
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	check(b, err)
-	return sockets{path, path}, serveBare(b, answer, body)
+	return serveBare(b, answer, body)
 }
 
 // bareWorkload answers without a thought.
@@ -204,7 +219,7 @@ func (w bareWorkload) GetToken(context.Context, *pb.GetTokenRequest) (*pb.GetTok
 
 // serveBare serves the two answers with grpc-go and net/http as they are, each on
 // a Unix socket.
-func serveBare(b *testing.B, answer *pb.GetTokenResponse, body []byte) sockets {
+func serveBare(b testing.TB, answer *pb.GetTokenResponse, body []byte) sockets {
 	b.Helper()
 	dir, err := os.MkdirTemp("", "bare")
 	check(b, err)

@@ -8,3 +8,10 @@ func ShortenReads(d time.Duration) (undo func()) {
 	readWithin = d
 	return func() { readWithin = old }
 }
+
+// ShortenAge shortens maxAge until it is undone.
+func ShortenAge(d time.Duration) (undo func()) {
+	old := maxAge
+	maxAge = d
+	return func() { maxAge = old }
+}

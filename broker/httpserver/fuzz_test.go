@@ -42,7 +42,8 @@ type handed struct {
 	peer *broker.Peer
 }
 
-func (h handed) Peer() *broker.Peer { return h.peer }
+func (h handed) Peer() *broker.Peer             { return h.peer }
+func (h handed) Begin() (end func(), err error) { return func() {}, nil }
 
 // answerTo lets a server answer a request of a peer, and looks at what must
 // hold of every answer.

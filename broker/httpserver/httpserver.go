@@ -82,7 +82,7 @@ func (e edge) server(h http.Handler) *http.Server {
 		IdleTimeout:                  5 * time.Minute,
 		MaxHeaderBytes:               12 << 10, // net/http adds 4 KiB
 		DisableGeneralOptionsHandler: true,
-		ConnContext:                  withPeer,
+		ConnContext:                  withConnection(maxAge),
 		ErrorLog:                     slog.NewLogLogger(e.log.Handler(), slog.LevelDebug),
 	}
 }
@@ -104,11 +104,12 @@ func (e edge) answer(rt route) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		p := peerOf(r.Context())
 		defer e.survive(w, r, p, rt.action)
-		body, err := e.receive(w, r, rt.method, "application/json")
+		body, end, err := e.receive(w, r, rt.method, "application/json")
 		if err != nil {
 			e.fail(w, r, p, rt.action, err)
 			return
 		}
+		defer end()
 		answer, err := rt.call(r, p, body)
 		if err != nil {
 			e.fail(w, r, p, rt.action, err)
@@ -125,31 +126,57 @@ func (e edge) survive(w http.ResponseWriter, r *http.Request, p *broker.Peer, ac
 	}
 }
 
-// receive refuses requests that are not for us before anything of them is used,
-// and reads the body of those that are. An empty method allows all.
-func (e edge) receive(w http.ResponseWriter, r *http.Request, method, contentType string) ([]byte, error) {
+// receive counts a request in, refuses those that are not for us before anything
+// of them is used, and reads the body of the others. An empty method allows all.
+// end counts the request out; with an error there is nothing to end.
+func (e edge) receive(w http.ResponseWriter, r *http.Request, method, contentType string) (body []byte, end func(), err error) {
 	if r.ContentLength != 0 { // whoever announces a body must send it
 		http.NewResponseController(w).SetReadDeadline(time.Now().Add(bodyTimeout))
 	}
-	if p := peerOf(r.Context()); e.serves != nil && (p == nil || !e.serves(p)) {
+	if end, err = e.begin(w, r); err != nil {
+		return nil, nil, err
+	}
+	err = e.mayAsk(w, r, method)
+	if err == nil && method == http.MethodPost {
+		body, err = readBody(w, r, contentType)
+	}
+	if err != nil {
+		end()
+	}
+	return body, end, err
+}
+
+// begin counts a request in and sees to it that no connection is for ever: a
+// caller's credentials are those of its connect.
+func (e edge) begin(w http.ResponseWriter, r *http.Request) (end func(), err error) {
+	if e.serves == nil {
+		return func() {}, nil
+	}
+	c := connectionOf(r.Context())
+	if c == nil || !e.serves(c.Peer()) {
 		return nil, broker.Errorf(broker.UnknownPeer, "this socket serves others")
 	}
+	if time.Now().After(c.until) {
+		w.Header().Set("Connection", "close")
+	}
+	return c.Begin()
+}
+
+// mayAsk says why a request is not for us.
+func (e edge) mayAsk(w http.ResponseWriter, r *http.Request, method string) error {
 	// Nobody but a browser sends an Origin, and a page must not reach us through
 	// a proxy that somebody put before the socket.
 	if r.Header.Get("Origin") != "" {
-		return nil, refusal(http.StatusBadRequest, "requests of browsers (header Origin) are not served")
+		return refusal(http.StatusBadRequest, "requests of browsers (header Origin) are not served")
 	}
 	if host := hostname(r.Host); e.serves != nil && host != "" && !strings.EqualFold(host, "localhost") {
-		return nil, refusal(http.StatusBadRequest, "the header Host must be localhost")
+		return refusal(http.StatusBadRequest, "the header Host must be localhost")
 	}
 	if method != "" && r.Method != method {
 		w.Header().Set("Allow", method)
-		return nil, refusal(http.StatusMethodNotAllowed, "this path serves %s only", method)
+		return refusal(http.StatusMethodNotAllowed, "this path serves %s only", method)
 	}
-	if method != http.MethodPost {
-		return nil, nil
-	}
-	return readBody(w, r, contentType)
+	return nil
 }
 
 // hostname is host without its port.
@@ -184,19 +211,46 @@ func (e edge) told(r *http.Request, p *broker.Peer, action string, err error) *b
 	return e.b.Refuse(p, action, err)
 }
 
-type peerKey struct{}
+// maxAge is how long a connection is used for new requests, the same as over gRPC.
+// Tests shorten it for the servers they make.
+var maxAge = 10 * time.Minute
 
-// withPeer puts a connection's Peer into the context of its requests.
-func withPeer(ctx context.Context, c net.Conn) context.Context {
-	known, ok := c.(interface{ Peer() *broker.Peer })
-	if !ok {
-		return ctx
+// A caller is a connection that knows its Peer and counts the requests that come
+// in over it.
+type caller interface {
+	Peer() *broker.Peer
+	Begin() (end func(), err error)
+}
+
+// A connection is what its requests need to know of it.
+type connection struct {
+	caller
+	until time.Time // the last request may come in over it
+}
+
+type connectionKey struct{}
+
+// withConnection puts a connection into the context of its requests.
+func withConnection(age time.Duration) func(context.Context, net.Conn) context.Context {
+	return func(ctx context.Context, c net.Conn) context.Context {
+		known, ok := c.(caller)
+		if !ok {
+			return ctx
+		}
+		return context.WithValue(ctx, connectionKey{}, &connection{known, time.Now().Add(age)})
 	}
-	return context.WithValue(ctx, peerKey{}, known.Peer())
+}
+
+// connectionOf returns what a request came in over, or nil if that is not known.
+func connectionOf(ctx context.Context) *connection {
+	c, _ := ctx.Value(connectionKey{}).(*connection)
+	return c
 }
 
 // peerOf returns who makes a request, or nil if that is not known.
 func peerOf(ctx context.Context) *broker.Peer {
-	p, _ := ctx.Value(peerKey{}).(*broker.Peer)
-	return p
+	if c := connectionOf(ctx); c != nil {
+		return c.Peer()
+	}
+	return nil
 }

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
-	"net/url"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -60,11 +59,12 @@ func (l logoutReceiver) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (l logoutReceiver) hear(w http.ResponseWriter, r *http.Request) error {
-	body, err := l.receive(w, r, http.MethodPost, "application/x-www-form-urlencoded")
-	var f url.Values
-	if err == nil {
-		f, err = form(body, "logout_token")
+	body, end, err := l.receive(w, r, http.MethodPost, "application/x-www-form-urlencoded")
+	if err != nil {
+		return err
 	}
+	defer end()
+	f, err := form(body, "logout_token")
 	if err != nil {
 		return err
 	}

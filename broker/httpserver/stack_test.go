@@ -11,6 +11,7 @@ import (
 	"os"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -26,7 +27,11 @@ import (
 	"tokenbroker/broker/seal"
 )
 
+// TestMain lets the test binary be a second process, one that misbehaves.
 func TestMain(m *testing.M) {
+	if kind := os.Getenv("HTTPSERVER_MISBEHAVE"); kind != "" {
+		misbehave(kind, os.Args[1], os.Args[2])
+	}
 	// net/http leaves a connection half open for a moment after a refused body.
 	brokertest.Main(m, goleak.IgnoreAnyFunction("net/http.(*conn).closeWriteAndWait"))
 }
@@ -44,7 +49,8 @@ type stack struct {
 	audit    *lines
 	log      *lines
 	servers  *peersocket.Servers
-	hub      string // path of the hub's socket
+	hub      string                       // path of the hub's socket
+	limit    atomic.Pointer[broker.Error] // what each request meets, if not nil
 }
 
 // A setup changes what lies behind the broker; what is not set is brokertest's.
@@ -53,6 +59,7 @@ type setup struct {
 	audit    io.Writer
 	attestor func(*brokertest.Attestor) broker.Attestor
 	provider func(*brokertest.Provider) broker.Provider
+	rate     int // of each server
 }
 
 // newStack starts a broker with one hub, two providers and one rule. Nobody has
@@ -84,6 +91,9 @@ func newStack(t testing.TB, set setup) *stack {
 	log := slog.New(slog.NewTextHandler(s.log, nil))
 	s.servers, err = peersocket.NewServers(dir+"/servers", log)
 	check(t, err)
+	if set.rate != 0 {
+		s.servers.SetRate(set.rate)
+	}
 	keys, err := seal.New()
 	check(t, err)
 	s.b, err = broker.New(broker.Config{
@@ -117,13 +127,39 @@ func (s *stack) serve(on interface {
 	HTTP() net.Listener
 }, g *grpc.Server, h *http.Server) {
 	var served sync.WaitGroup
-	served.Go(func() { g.Serve(on.GRPC()) })
-	served.Go(func() { h.Serve(on.HTTP()) })
+	served.Go(func() { g.Serve(limiting{on.GRPC(), s}) })
+	served.Go(func() { h.Serve(limiting{on.HTTP(), s}) })
 	s.t.Cleanup(func() {
 		g.Stop()
 		h.Close()
 		served.Wait()
 	})
+}
+
+// limiting accepts connections whose requests meet the stack's limit.
+type limiting struct {
+	net.Listener
+	s *stack
+}
+
+type limited struct {
+	*peersocket.Conn
+	s *stack
+}
+
+func (l limiting) Accept() (net.Conn, error) {
+	c, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return limited{c.(*peersocket.Conn), l.s}, nil
+}
+
+func (l limited) Begin() (end func(), err error) {
+	if limit := l.s.limit.Load(); limit != nil {
+		return nil, limit
+	}
+	return l.Conn.Begin()
 }
 
 // login logs alice in with the role that the rule wants, and claims the login.

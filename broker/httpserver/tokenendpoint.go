@@ -83,10 +83,11 @@ func (t tokenEndpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 // trade answers a request and says, in action, what it was.
 func (t tokenEndpoint) trade(w http.ResponseWriter, r *http.Request, action *string) (broker.HubToken, error) {
-	body, err := t.receive(w, r, http.MethodPost, "application/x-www-form-urlencoded")
+	body, end, err := t.receive(w, r, http.MethodPost, "application/x-www-form-urlencoded")
 	if err != nil {
 		return broker.HubToken{}, err
 	}
+	defer end()
 	// OAuthenticator sends a stray data=None; such fields are not looked at.
 	f, err := form(body, "grant_type", "code", "code_verifier", "redirect_uri", "refresh_token", "client_secret")
 	if err != nil {

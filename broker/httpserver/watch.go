@@ -22,11 +22,13 @@ var readWithin = 10 * time.Second
 func (e edge) watch(w http.ResponseWriter, r *http.Request) {
 	p := peerOf(r.Context())
 	defer e.survive(w, r, p, "watch")
-	_, err := e.receive(w, r, http.MethodGet, "")
-	var want broker.Want
-	if err == nil {
-		want, err = wantOf(r)
+	_, end, err := e.receive(w, r, http.MethodGet, "")
+	if err != nil {
+		e.fail(w, r, p, "watch", err)
+		return
 	}
+	defer end()
+	want, err := wantOf(r)
 	if err != nil {
 		e.fail(w, r, p, "watch", err)
 		return

@@ -1,6 +1,7 @@
 package peersocket
 
 import (
+	"errors"
 	"net"
 	"sync"
 	"time"
@@ -13,17 +14,30 @@ type Conn struct {
 	*net.UnixConn
 	peer  *broker.Peer
 	door  *door
-	first []byte // read to learn the protocol, still to be given out
+	first []byte        // read to learn the protocol, still to be given out
+	done  chan struct{} // closed by Close
 	once  sync.Once
+
+	mu    sync.Mutex // guards until, and the order of what is set
+	until time.Time  // the user's write deadline
 }
+
+// readWithin is how long the other end may take to read what is written at once:
+// whoever takes nothing can't make us keep it, or wait.
+const readWithin = 10 * time.Second
 
 // Peer is who made the connection. It is good until the connection is closed.
 func (c *Conn) Peer() *broker.Peer { return c.peer }
 
-// Read gives out the first bytes, then reads on.
+// Begin counts a request in that came over c, or says which limit of its server
+// it would exceed. end counts it out.
+func (c *Conn) Begin() (end func(), err error) { return c.door.meter.begin() }
+
+// Read gives out the first bytes, then reads on, no faster than its server may
+// be read.
 func (c *Conn) Read(b []byte) (int, error) {
 	if len(c.first) == 0 {
-		return c.UnixConn.Read(b)
+		return c.readOn(b)
 	}
 	n := copy(b, c.first)
 	if c.first = c.first[n:]; len(c.first) == 0 {
@@ -32,10 +46,54 @@ func (c *Conn) Read(b []byte) (int, error) {
 	return n, nil
 }
 
+// readOn reads a little and has it wait until it is its turn.
+func (c *Conn) readOn(b []byte) (int, error) {
+	if c.door.meter != nil {
+		b = b[:min(len(b), atATime)]
+	}
+	n, err := c.UnixConn.Read(b)
+	if !wait(c.door.meter.read(n), c.done) {
+		return 0, net.ErrClosed
+	}
+	return n, err
+}
+
+// Write gives up on a reader who takes nothing, whatever later deadline is set.
+func (c *Conn) Write(b []byte) (int, error) {
+	if err := c.hurry(); err != nil {
+		return 0, err
+	}
+	return c.UnixConn.Write(b)
+}
+
+func (c *Conn) hurry() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := time.Now().Add(c.door.limits.read)
+	if !c.until.IsZero() && c.until.Before(t) {
+		t = c.until
+	}
+	return c.UnixConn.SetWriteDeadline(t)
+}
+
+// SetWriteDeadline is for what is being written and what will be.
+func (c *Conn) SetWriteDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.until = t
+	return c.UnixConn.SetWriteDeadline(t)
+}
+
+// SetDeadline is both deadlines.
+func (c *Conn) SetDeadline(t time.Time) error {
+	return errors.Join(c.SetReadDeadline(t), c.SetWriteDeadline(t))
+}
+
 // Close ends the connection and, with it, its Peer.
 func (c *Conn) Close() error {
 	err := net.ErrClosed
 	c.once.Do(func() {
+		close(c.done)
 		err = c.UnixConn.Close()
 		if c.peer.Pidfd != nil {
 			c.peer.Pidfd.Close()
@@ -56,7 +114,7 @@ func (c *Conn) listenFirst(patience time.Duration) (speaksGRPC bool, err error) 
 	buf := make([]byte, firstRead)
 	n := 0
 	for {
-		m, err := c.UnixConn.Read(buf[n:])
+		m, err := c.readOn(buf[n:])
 		n += m
 		if speaksGRPC, clear := protocol(buf[:n]); clear {
 			c.first = buf[:n]

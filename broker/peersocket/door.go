@@ -21,6 +21,8 @@ const helloTimeout = 5 * time.Second
 type limits struct {
 	conns int           // open connections
 	hello time.Duration // until the first bytes
+	read  time.Duration // until what is written was read
+	rate  int           // requests a second; 0: any
 }
 
 // A door is one listening socket. It admits connections, learns who is at
@@ -30,6 +32,7 @@ type door struct {
 	path       string
 	file       os.FileInfo // what path was when it was ours; of a server's door
 	limits     limits
+	meter      *meter // nil: what is asked is not limited
 	log        *slog.Logger
 	quiet      quiet
 	grpc, http *queue
@@ -47,13 +50,17 @@ type door struct {
 
 // newDoor makes a door of an open socket; start opens it.
 func newDoor(ln *net.UnixListener, path string, lim limits, log *slog.Logger, grpc, http *queue) *door {
-	return &door{
+	d := &door{
 		ln: ln, path: path, limits: lim, log: log, grpc: grpc, http: http,
 		stamp: func(*broker.Peer) {},
 		admit: func(*broker.Peer) error { return nil },
 		done:  make(chan struct{}),
 		conns: make(map[*Conn]struct{}),
 	}
+	if lim.rate > 0 {
+		d.meter = newMeter(lim.rate)
+	}
+	return d
 }
 
 func (d *door) start() {
@@ -97,15 +104,17 @@ func (d *door) hangup(meant func(*broker.Peer) bool) {
 func (d *door) serve() {
 	defer d.wg.Done()
 	for {
+		wait(d.meter.debt(), d.done) // connections, too, are taken no faster
 		c, err := d.ln.AcceptUnix()
 		switch {
 		case err == nil:
+			d.meter.spend(connectionCosts)
 			d.enter(c)
 		case errors.Is(err, net.ErrClosed):
 			return
 		default: // out of descriptors, most likely
 			d.warn("accept", err)
-			d.pause(50 * time.Millisecond)
+			wait(50*time.Millisecond, d.done)
 		}
 	}
 }
@@ -119,7 +128,7 @@ func (d *door) enter(raw *net.UnixConn) {
 		raw.Close()
 		return
 	}
-	c := &Conn{UnixConn: raw, peer: p, door: d}
+	c := &Conn{UnixConn: raw, peer: p, door: d, done: make(chan struct{})}
 	d.stamp(p)
 	if err := d.admit(p); err != nil {
 		d.warn("connection refused", err)
@@ -177,13 +186,18 @@ func (d *door) introduce(c *Conn) {
 	}
 }
 
-// pause waits, unless the door closes.
-func (d *door) pause(t time.Duration) {
-	timer := time.NewTimer(t)
+// wait reports whether d went by before done was closed.
+func wait(d time.Duration, done <-chan struct{}) bool {
+	if d <= 0 {
+		return true
+	}
+	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
 	case <-timer.C:
-	case <-d.done:
+		return true
+	case <-done:
+		return false
 	}
 }
 

@@ -87,7 +87,7 @@ func listenFor(key, path string, uid uint32, log *slog.Logger) (*Listener, error
 		return nil, fmt.Errorf("%s: %w", key, err)
 	}
 	l := &Listener{grpc: newQueue(path), http: newQueue(path)}
-	l.door = newDoor(ln, path, limits{conns: 64, hello: helloTimeout}, log, l.grpc, l.http)
+	l.door = newDoor(ln, path, limits{conns: 64, hello: helloTimeout, read: readWithin}, log, l.grpc, l.http)
 	l.door.admit = func(p *broker.Peer) error {
 		if p.UID == uid || p.UID == 0 {
 			return nil

@@ -27,6 +27,8 @@ func TestMain(m *testing.M) {
 		actBroker()
 	case "hub":
 		actHub()
+	case "flood":
+		actFlood()
 	default:
 		brokertest.Main(m)
 	}
@@ -45,6 +47,37 @@ func actDial() {
 	fmt.Printf("answer: %q\n", answer)
 	io.Copy(io.Discard, os.Stdin)
 	os.Exit(0)
+}
+
+// actFlood knocks a thousand times, says how that was and goes on until the end
+// of its input.
+func actFlood() {
+	answered := 0
+	knock := func() {
+		c, err := net.Dial("unix", os.Args[1])
+		if err != nil {
+			fmt.Println("dial:", err)
+			os.Exit(0)
+		}
+		fmt.Fprint(c, "GET / HTTP/1.1\r\n\r\n")
+		if n, _ := c.Read(make([]byte, 1)); n > 0 {
+			answered++
+		}
+		c.Close()
+	}
+	for range 1000 {
+		knock()
+	}
+	if answered == 0 {
+		fmt.Println("1000 connections, none was let in")
+	}
+	go func() {
+		io.Copy(io.Discard, os.Stdin)
+		os.Exit(0)
+	}()
+	for {
+		knock()
+	}
 }
 
 // actBroker opens a server's socket and a hub's, and waits to be killed.

@@ -36,6 +36,9 @@ type Servers struct {
 	ended bool
 }
 
+// DefaultRate is how many requests a second one server may make.
+const DefaultRate = 50
+
 // NewServers makes dir, if need be, and keeps other brokers out of it until
 // Shutdown. It opens no socket yet.
 func NewServers(dir string, log *slog.Logger) (*Servers, error) {
@@ -55,10 +58,18 @@ func NewServers(dir string, log *slog.Logger) (*Servers, error) {
 		return nil, fmt.Errorf("servers.directory: %w", err)
 	}
 	return &Servers{
-		dir: dir, lock: lock, limits: limits{conns: 64, hello: helloTimeout}, log: log,
+		dir: dir, lock: lock, limits: limits{conns: 64, hello: helloTimeout, read: readWithin, rate: DefaultRate}, log: log,
 		grpc: newQueue(dir), http: newQueue(dir),
 		open: make(map[broker.ServerKey]*door),
 	}, nil
+}
+
+// SetRate is for the servers opened from now on: how many requests a second each
+// may make, and four times as many at once.
+func (s *Servers) SetRate(perSecond int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.limits.rate = perSecond
 }
 
 // GRPC accepts the connections of all servers that speak gRPC.

@@ -133,7 +133,8 @@ func TestASilentConnectionIsEnded(t *testing.T) {
 	for _, say := range []string{"", "PR"} {
 		s, _ := newServers(t)
 		s.Limit(1, time.Millisecond)
-		c := dial(t, open(t, s, alice), say)
+		c := dial(t, open(t, s, alice), "")
+		io.WriteString(c, say) // it may be ended already
 		if _, err := c.Read(make([]byte, 1)); err == nil {
 			t.Errorf("after %q: Read got a byte, want the end", say)
 		}
@@ -435,5 +436,101 @@ func TestTwoThousandServers(t *testing.T) {
 	}
 	if err := s.Open(alice); !errors.Is(err, net.ErrClosed) {
 		t.Errorf("Open after Shutdown: %v, want %v", err, net.ErrClosed)
+	}
+}
+
+func TestWhoeverTakesNothingIsGivenUp(t *testing.T) {
+	s, _ := newServers(t)
+	s.LimitReads(50 * time.Millisecond)
+	path := open(t, s, alice)
+	for _, later := range []time.Time{{}, time.Now().Add(time.Hour)} {
+		dial(t, path, sayGRPC)
+		c := accept(t, s.GRPC())
+		c.SetWriteDeadline(later) // as a server that has more patience
+		if _, err := c.Write(make([]byte, 8<<20)); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("write with deadline %s: %v, want %v", later, err, os.ErrDeadlineExceeded)
+		}
+	}
+	s.LimitReads(time.Hour) // its own deadline may be sooner
+	dial(t, open(t, s, bob), sayGRPC)
+	c := accept(t, s.GRPC())
+	c.SetDeadline(time.Now().Add(time.Millisecond))
+	if _, err := c.Write(make([]byte, 8<<20)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("write: %v, want %v", err, os.ErrDeadlineExceeded)
+	}
+}
+
+// What comes over all connections of a server is read at its rate, and so are its
+// connections. What waits ends with the connection and with the server.
+func TestAServersBytesAreReadAtItsRate(t *testing.T) {
+	s, _ := newServers(t)
+	s.SetRate(1) // 1 KiB a second
+	path := open(t, s, alice)
+	var last knowsPeer
+	var ended chan error
+	for range 2 {
+		dial(t, path, strings.Repeat("x", 64<<10))
+		c, read := accept(t, s.HTTP()), make(chan error, 1)
+		go func() {
+			_, err := io.Copy(io.Discard, c)
+			read <- err
+		}()
+		last, ended = c, read
+	}
+	spent := func() bool { // for the debt, connections wait, too
+		c, err := net.DialTimeout("unix", path, time.Second)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		io.WriteString(c, "x")
+		c.SetReadDeadline(time.Now().Add(20 * time.Millisecond))
+		_, err = c.Read(make([]byte, 1))
+		return errors.Is(err, os.ErrDeadlineExceeded)
+	}
+	for !spent() {
+	}
+	last.Close()
+	if err := <-ended; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("a read that waited: %v, want %v", err, net.ErrClosed)
+	}
+	if err := s.Close(alice); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A stranger who knocks all the time costs the hub nothing but the knocking: he
+// holds none of its places.
+func TestStrangersTakeNobodysPlace(t *testing.T) {
+	needRoot(t)
+	const stranger = 65532
+	dir := shortDir(t)
+	hub, err := peersocket.ListenHub(dir+"/hub/hub.sock", "main", 0, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer hub.Close()
+	admin, err := peersocket.ListenAdmin(dir+"/admin/admin.sock", quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer admin.Close()
+	for _, l := range []struct {
+		path string
+		from net.Listener
+	}{{dir + "/hub/hub.sock", hub.HTTP()}, {dir + "/admin/admin.sock", admin.HTTP()}} {
+		if err := os.Chmod(l.path, 0o666); err != nil { // else the kernel refuses him
+			t.Fatal(err)
+		}
+		flood := start(t, "flood", stranger, l.path)
+		if got := flood.says(t); got != "1000 connections, none was let in" {
+			t.Fatalf("a stranger at %s: %s", l.path, got)
+		}
+		dial(t, l.path, sayHTTP)
+		if p := accept(t, l.from).Peer(); p.UID != 0 {
+			t.Errorf("%s let in uid %d", l.path, p.UID)
+		}
+		dial(t, l.path, sayHTTP) // while he goes on
+		accept(t, l.from)
 	}
 }

@@ -137,8 +137,16 @@ func (k checker) hubAPI(key string, a *HubAPIConfig) {
 	a.CAFile = k.optionalFile(key+".ca_file", a.CAFile)
 }
 
+// longSecret is how many characters of base64 hold 256 random bits.
+const longSecret = 43
+
 func (k checker) listener(key string, l *ListenerConfig) {
 	l.ClientSecretFile = k.secret(key+".client_secret_file", l.ClientSecretFile, true)
+	// A socket knows its peer; here a good guess would be the hub.
+	if s, err := readSecret(l.ClientSecretFile); err == nil && len(s.Reveal()) < longSecret {
+		k.add(key+".client_secret_file", "the secret in %s has fewer than %d characters and could be guessed: make one with openssl rand -base64 32",
+			l.ClientSecretFile, longSecret)
+	}
 	k.tcp(key, l.Address, &l.TLSCertFile, &l.TLSKeyFile)
 }
 
@@ -165,6 +173,9 @@ func (k checker) servers() {
 	k.socket("servers.directory", filepath.Join(s.Directory, strings.Repeat("x", 32), "broker.sock"))
 	if !slices.Contains([]string{"docker", "process"}, s.Attestation) {
 		k.add("servers.attestation", "there is no attestation %q; there are docker and process", s.Attestation)
+	}
+	if s.Rate < 1 {
+		k.add("servers.rate", "is less than 1 request a second")
 	}
 	k.socket("servers.docker.socket", s.Docker.Socket)
 	k.posture("servers.docker.posture", s.Docker.Posture)

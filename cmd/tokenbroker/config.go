@@ -11,6 +11,7 @@ import (
 
 	"tokenbroker/broker"
 	"tokenbroker/broker/oauthprovider"
+	"tokenbroker/broker/peersocket"
 	"tokenbroker/broker/rolewatch"
 	"tokenbroker/spawnerhook"
 )
@@ -101,7 +102,8 @@ type ListenerConfig struct {
 	// TLSCertFile and TLSKeyFile are the certificate chain and key, as PEM.
 	TLSCertFile string `yaml:"tls_cert_file,omitempty"`
 	TLSKeyFile  string `yaml:"tls_key_file,omitempty"`
-	// ClientSecretFile holds what the hub must send as client_secret.
+	// ClientSecretFile holds what the hub must send as client_secret: at least 43
+	// characters, as `openssl rand -base64 32` makes them.
 	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
 }
 
@@ -126,6 +128,11 @@ type ServersConfig struct {
 	// Attestation is docker, or process for servers without containers, each
 	// under a uid of its own. Default: docker.
 	Attestation string `yaml:"attestation"`
+	// Rate is how many requests a second one server may make, over all of its
+	// connections, and four times as many at once. What is over it is refused as
+	// limited; of what goes on, no more is read, so that nobody else is slowed
+	// down. Default: 50.
+	Rate int `yaml:"rate"`
 	// Docker is about the Docker daemon.
 	Docker DockerConfig `yaml:"docker"`
 }
@@ -439,6 +446,7 @@ func (c *Config) fill() {
 	}
 	def(&c.Servers.Directory, "/var/lib/tokenbroker/servers")
 	def(&c.Servers.Attestation, "docker")
+	def(&c.Servers.Rate, peersocket.DefaultRate)
 	def(&c.Servers.Docker.Socket, "/var/run/docker.sock")
 	if r := c.Store.Redis; r.Address == "" && r.Sentinel == nil && r.Cluster == nil {
 		def(&c.Store.Redis.Socket, "/run/redis/redis-server.sock")

@@ -45,6 +45,7 @@ func site(t *testing.T, text string) string {
 	t.Helper()
 	dir := t.TempDir()
 	write(t, filepath.Join(dir, "secret"), "s3cret\n", 0o400)
+	write(t, filepath.Join(dir, "long-secret"), strings.Repeat("x", 43)+"\n", 0o400)
 	write(t, filepath.Join(dir, "wrong-kek"), "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\n", 0o400)
 	if err := seal.Create(filepath.Join(dir, "keyset.json"), filepath.Join(dir, "kek")); err != nil {
 		t.Fatal(err)
@@ -231,8 +232,10 @@ func TestMistakes(t *testing.T) {
 		{"a node without a host", minimal + "store: {redis: {cluster: {addresses: [':1']}}}\n", "store.redis.cluster.addresses[0]: wants host:port"},
 		{"a database of a cluster", minimal + "store: {redis: {cluster: {addresses: ['a:1']}, db: 1}}\n", "store.redis.db: is not 0, and a cluster has no other"},
 		{"Redis without a port", minimal + "store: {redis: {address: y}}\n", "store.redis.address: wants host:port"},
+		{"servers that may ask nothing", minimal + "servers: {rate: -1}\n", "line 10: servers.rate: is less than 1 request a second"},
 		{"a listener for everybody", minimal + "hubs: {main: {listener: {address: '0.0.0.0:1', client_secret_file: secret}}}\n", "hubs.main.listener.address: 0.0.0.0:1 can be reached from elsewhere"},
-		{"a listener on this machine", minimal + "hubs: {main: {listener: {address: '127.0.0.1:1', client_secret_file: secret}}}\n", ""},
+		{"a listener on this machine", minimal + "hubs: {main: {listener: {address: '127.0.0.1:1', client_secret_file: long-secret}}}\n", ""},
+		{"a listener whose secret could be guessed", minimal + "hubs: {main: {listener: {address: '127.0.0.1:1', client_secret_file: secret}}}\n", "line 10: hubs.main.listener.client_secret_file: the secret in DIR/secret has fewer than 43 characters and could be guessed: make one with openssl rand -base64 32"},
 		{"a listener without a secret", minimal + "hubs: {main: {listener: {address: '[::1]:1'}}}\n", "hubs.main.listener.client_secret_file: is missing"},
 		{"a key of a listener without its certificate", minimal + "hubs: {main: {listener: {address: 'a:1', client_secret_file: secret, tls_key_file: secret}}}\n", "hubs.main.listener.tls_cert_file: is missing"},
 		{"a logout listener for everybody", minimal + "logout: {address: '0.0.0.0:1'}\n", "logout.address: 0.0.0.0:1 can be reached from elsewhere"},

@@ -86,11 +86,13 @@ func TestARefreshUnderWayWhenTheBrokerStopsIsAnsweredAndStored(t *testing.T) {
 	}
 }
 
+const hubSecret = "0123456789abcdefghijklmnopqrstuvwxyz0123456"
+
 func TestTheListenerWantsItsSecret(t *testing.T) {
 	address := freeAddress(t)
 	w := newTestWorld(t, func(c *Config) {
 		secret := filepath.Join(filepath.Dir(c.Keys.KEKFile), "hub-secret")
-		write(t, secret, "the hub's", 0o400)
+		write(t, secret, hubSecret, 0o400)
 		h := c.Hubs["main"]
 		h.Listener = &ListenerConfig{Address: address, ClientSecretFile: secret}
 		c.Hubs["main"] = h
@@ -101,7 +103,7 @@ func TestTheListenerWantsItsSecret(t *testing.T) {
 	}
 	for _, tt := range []struct{ secret, want string }{
 		{"another's", "the hub's client secret is missing or not the one"},
-		{"the hub's", `"refresh_token":"tbh_`},
+		{hubSecret, `"refresh_token":"tbh_`},
 	} {
 		resp, err := http.PostForm("http://"+address+"/oauth2/token/devidp", url.Values{
 			"grant_type": {"authorization_code"}, "code": {code}, "code_verifier": {verifier},

@@ -53,6 +53,7 @@ func open(cfg *Config, stdout io.Writer, log *slog.Logger) (_ *parts, err error)
 	if p.sockets, err = peersocket.NewServers(cfg.Servers.Directory, log); err != nil {
 		return nil, err
 	}
+	p.sockets.SetRate(cfg.Servers.Rate)
 	if p.attestor, err = openAttestor(cfg, p.sockets.Directory, log); err != nil {
 		return nil, err
 	}
