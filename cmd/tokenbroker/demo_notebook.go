@@ -127,6 +127,9 @@ func refusalOf(err error) *refusal {
 	return &refusal{Code: "internal", Sentence: err.Error()}
 }
 
+// betweenAsks keeps a notebook that asks in a loop within its server's rate.
+const betweenAsks = 5 * time.Millisecond
+
 // work answers one question.
 func work(ctx context.Context, q question, ask func(context.Context, question) (answer, error), tell func(answer)) {
 	var last time.Time
@@ -146,6 +149,7 @@ func work(ctx context.Context, q question, ask func(context.Context, question) (
 		}
 		// Not when it came: a machine under load delays what has left long ago.
 		last = asked
+		time.Sleep(betweenAsks)
 	}
 }
 

@@ -42,7 +42,7 @@ deployment: demo
 contact: it-help@lab.example
 hubs:
   main: {socket: %[1]s/hubs/main/hub.sock, uid: %[2]d, login: devidp}
-servers: {directory: %[1]s/servers, attestation: process, rate: 1000} # it asks without a pause, to measure
+servers: {directory: %[1]s/servers, attestation: process, rate: 1000} # it asks in a tight loop, to measure
 admin: {socket: %[1]s/admin.sock}
 audit: {file: %[1]s/audit.log}
 store:
