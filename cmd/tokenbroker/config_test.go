@@ -91,7 +91,7 @@ func TestAMinimalFileIsCompleted(t *testing.T) {
 	want := &Config{
 		Deployment: "default", Host: host, Contact: "your administrator",
 		Hubs:    map[broker.HubID]HubConfig{"main": {Socket: "/run/tokenbroker/hubs/main/hub.sock", Login: "keycloak"}},
-		Servers: ServersConfig{Directory: "/var/lib/tokenbroker/servers", Attestation: "docker", Docker: DockerConfig{Socket: "/var/run/docker.sock"}},
+		Servers: ServersConfig{Directory: "/var/lib/tokenbroker/servers", Attestation: "docker", Rate: 50, Docker: DockerConfig{Socket: "/var/run/docker.sock"}},
 		Store:   StoreConfig{RedisConfig{Socket: "/run/redis/redis-server.sock"}},
 		Keys:    KeysConfig{filepath.Join(dir, "keyset.json"), filepath.Join(dir, "kek")},
 		Providers: map[broker.ProviderID]ProviderConfig{"keycloak": {
