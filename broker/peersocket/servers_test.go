@@ -133,7 +133,11 @@ func TestASilentConnectionIsEnded(t *testing.T) {
 	for _, say := range []string{"", "PR"} {
 		s, _ := newServers(t)
 		s.Limit(1, time.Millisecond)
-		c := dial(t, open(t, s, alice), "")
+		c, err := net.Dial("unix", open(t, s, alice))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
 		io.WriteString(c, say) // it may be ended already
 		if _, err := c.Read(make([]byte, 1)); err == nil {
 			t.Errorf("after %q: Read got a byte, want the end", say)
