@@ -96,6 +96,7 @@ func (b *Broker) record(ctx context.Context, e *Entry, err error) error {
 		told = public(err, b.cfg.Contact, "")
 		e.Outcome, e.Code, e.Reason = "refused", told.Code, err.Error()
 	}
+	b.counts.add(Outcome{e.Action, e.Outcome, e.Code})
 	fresh, werr := true, error(nil)
 	if err == nil {
 		werr = b.audit.write(e)

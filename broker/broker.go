@@ -77,6 +77,7 @@ type Broker struct {
 	adoptions   flights[string, ticket]
 	revocations flights[GrantKey, struct{}]
 	stops       flights[toStop, struct{}]
+	counts      counts
 	hints       sequels[subject]
 	watchers    visitors[ServerKey]
 	binds       flights[ServerKey, *server]
@@ -276,6 +277,7 @@ type Status struct {
 	Revision      int64
 	Store         PartStatus
 	Attestation   PartStatus
+	Level         string // one of Levels, as proofs are worth it on this host; empty: not known
 	Providers     []PartStatus
 	Registrations map[RegistrationState]int
 }
@@ -297,6 +299,9 @@ func (b *Broker) Status(ctx context.Context) Status {
 	asked.Go(func() {
 		level, err := b.cfg.Attestor.Check(ctx)
 		s.Attestation = partStatus("attestation", b.worth(level), err)
+		if err == nil {
+			s.Level, _ = b.cfg.Attestor.Worth(level)
+		}
 	})
 	for i, id := range b.providerNames() {
 		asked.Go(func() { s.Providers[i] = partStatus(string(id), "ok", b.providers[id].Check(ctx)) })

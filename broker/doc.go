@@ -111,6 +111,7 @@
 //	disk, journal        grant → counters, roles, sealed Grant   the store has it for sure      two processes write it
 //	memory, neighbours   container → what it could forge by      something happens to it        it ran before the first bind and is not in it
 //	memory, audit        kind of refusal, look or docker exec → how many  1 min; docker exec: 1 h  a token is among them
+//	memory, metrics      what the parts say of themselves        10 s                           a decision rests on it
 //	disk, audit-head     the audit's last line                 the next line                  two brokers write it
 //	memory, Peer         connection → workload it attested as    the workload is another        it is kept past its connection
 //	store, grant         hub, provider, sub → Grant              for ever                       it opens at another key

@@ -30,8 +30,10 @@ func check(c *Config, d *decoder, f files) {
 	k.names()
 	k.hubs()
 	k.logins()
-	if l := c.Logout; l != nil {
-		k.tcp("logout", l.Address, &l.TLSCertFile, &l.TLSKeyFile)
+	for key, l := range map[string]*ListenConfig{"logout": c.Logout, "metrics": c.Metrics} {
+		if l != nil {
+			k.tcp(key, l.Address, &l.TLSCertFile, &l.TLSKeyFile)
+		}
 	}
 	k.servers()
 	k.store()

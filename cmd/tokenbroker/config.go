@@ -35,8 +35,15 @@ type Config struct {
 	Contact string `yaml:"contact"`
 	// Hubs are the JupyterHubs that this broker serves. Default: one called main.
 	Hubs map[broker.HubID]HubConfig `yaml:"hubs"`
-	// Logout is where providers tell of logouts. Default: nowhere.
-	Logout *LogoutConfig `yaml:"logout,omitempty"`
+	// Logout is the TCP listener for logout tokens (OpenID Connect Back-Channel
+	// Logout). The client at the provider names its URL, whose path is
+	// /backchannel-logout/NAME with the provider's name here; in Keycloak: Clients, the
+	// client, "Backchannel logout URL", with "Backchannel logout session required" on.
+	// One broker of a deployment is enough. Default: none.
+	Logout *ListenConfig `yaml:"logout,omitempty"`
+	// Metrics is the TCP listener for Prometheus, at /metrics. They name no user.
+	// Default: none.
+	Metrics *ListenConfig `yaml:"metrics,omitempty"`
 	// Servers says how single-user servers reach the broker.
 	Servers ServersConfig `yaml:"servers"`
 	// Store is where the sealed records lie.
@@ -107,12 +114,8 @@ type ListenerConfig struct {
 	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
 }
 
-// LogoutConfig is the TCP listener for logout tokens (OpenID Connect Back-Channel
-// Logout). The client at the provider names its URL, whose path is
-// /backchannel-logout/NAME with the provider's name here; in Keycloak: Clients, the
-// client, "Backchannel logout URL", with "Backchannel logout session required" on.
-// One broker of a deployment is enough.
-type LogoutConfig struct {
+// ListenConfig is a TCP listener.
+type ListenConfig struct {
 	// Address is host:port. Without TLS the host must be a loopback address.
 	Address string `yaml:"address,omitempty"`
 	// TLSCertFile and TLSKeyFile are the certificate chain and key, as PEM.

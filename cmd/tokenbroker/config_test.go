@@ -239,6 +239,7 @@ func TestMistakes(t *testing.T) {
 		{"a listener without a secret", minimal + "hubs: {main: {listener: {address: '[::1]:1'}}}\n", "hubs.main.listener.client_secret_file: is missing"},
 		{"a key of a listener without its certificate", minimal + "hubs: {main: {listener: {address: 'a:1', client_secret_file: secret, tls_key_file: secret}}}\n", "hubs.main.listener.tls_cert_file: is missing"},
 		{"a logout listener for everybody", minimal + "logout: {address: '0.0.0.0:1'}\n", "logout.address: 0.0.0.0:1 can be reached from elsewhere"},
+		{"metrics for everybody", minimal + "metrics: {address: '0.0.0.0:1'}\n", "metrics.address: 0.0.0.0:1 can be reached from elsewhere"},
 		{"a logout listener on this machine", minimal + "logout: {address: '127.0.0.1:1'}\n", ""},
 		{"a logout listener nowhere", minimal + "logout: {}\n", "logout.address: wants host:port"},
 		{"a logout listener's certificate without its key", minimal + "logout: {address: 'a:1', tls_cert_file: secret}\n", "logout.tls_key_file: is missing"},

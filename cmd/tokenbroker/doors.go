@@ -62,10 +62,11 @@ func openDoors(cfg *Config, b *broker.Broker, servers *peersocket.Servers, log *
 			return nil, err
 		}
 	}
-	if l := cfg.Logout; l != nil {
-		if err := d.listenTCP(l.Address, l.TLSCertFile, l.TLSKeyFile, httpserver.NewLogout(b, log)); err != nil {
-			return nil, fmt.Errorf("logout: %w", err)
-		}
+	if err := d.listen(cfg.Logout, httpserver.NewLogout(b, log)); err != nil {
+		return nil, fmt.Errorf("logout: %w", err)
+	}
+	if err := d.listen(cfg.Metrics, httpserver.NewMetrics(b)); err != nil {
+		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	admin, err := peersocket.ListenAdmin(cfg.Admin.Socket, log)
 	if err != nil {
@@ -115,6 +116,14 @@ func (d *doors) openHub(cfg *Config, name broker.HubID, b *broker.Broker, log *s
 		return fmt.Errorf("hubs.%s.listener: %w", name, err)
 	}
 	return nil
+}
+
+// listen has a handler answer at a listener, if there is one.
+func (d *doors) listen(at *ListenConfig, to http.Handler) error {
+	if at == nil {
+		return nil
+	}
+	return d.listenTCP(at.Address, at.TLSCertFile, at.TLSKeyFile, to)
 }
 
 // listenTCP has a handler answer those who have no socket of ours.

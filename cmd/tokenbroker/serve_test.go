@@ -122,7 +122,7 @@ func TestTheListenerWantsItsSecret(t *testing.T) {
 
 func TestALogoutAtTheProviderEndsTheSession(t *testing.T) {
 	address := freeAddress(t)
-	w := newTestWorld(t, func(c *Config) { c.Logout = &LogoutConfig{Address: address} })
+	w := newTestWorld(t, func(c *Config) { c.Logout = &ListenConfig{Address: address} })
 	if _, err := w.hub.login(t.Context(), "alice"); err != nil {
 		t.Fatal(err)
 	}
@@ -147,6 +147,20 @@ func TestALogoutAtTheProviderEndsTheSession(t *testing.T) {
 		if resp.StatusCode != tt.status || resp.Header.Get("Cache-Control") != "no-store" || err != nil || active != tt.active {
 			t.Errorf("answer %d %v; then the session is active: %t, %v", resp.StatusCode, resp.Header, active, err)
 		}
+	}
+}
+
+func TestMetricsAreServedWhereTheConfigurationSays(t *testing.T) {
+	address := freeAddress(t)
+	newTestWorld(t, func(c *Config) { c.Metrics = &ListenConfig{Address: address} })
+	resp, err := http.Get("http://" + address + "/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err != nil || !strings.Contains(string(text), `tokenbroker_attestation_level{level="uid"} 1`) {
+		t.Errorf("%v: %s", err, text)
 	}
 }
 
