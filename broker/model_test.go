@@ -49,11 +49,11 @@ const (
 	modelStrict = "strict single use"
 )
 
-// With -rapid.checks=N each kind of provider is tried N times; it is 100, and 25
+// With -rapid.checks=N each kind of provider is tried N times; it is 100, and 12
 // under the race detector.
 func TestModelOfTheRefresh(t *testing.T) {
 	if checks := flag.Lookup("rapid.checks"); raced() && checks.Value.String() == checks.DefValue {
-		flag.Set("rapid.checks", "25")
+		flag.Set("rapid.checks", "12")
 	}
 	for _, kind := range []string{modelKeeps, modelGrace, modelStrict} {
 		t.Run(kind, func(t *testing.T) {
