@@ -96,12 +96,12 @@ def test_a_registered_container_with_another_users_directory_mounted(stack, regi
            "-v", f"{own}:/run/tokenbroker:ro", "-v", f"{directory}:/mnt:ro",
            stack.settings["image"], "sleep", "600")
 
-    def states():
-        return {r["state"] for r in admin("sessions", "list", "--user", "eve").get("registrations", [])}
+    def reasons():
+        return [r.get("reason", "") for r in admin("sessions", "list", "--user", "eve").get("registrations", [])]
 
-    wait_for("eve's server", lambda: states() == {"bound"})
+    wait_for("eve's refusal", lambda: any("another server (mounted at /mnt)" in reason for reason in reasons()))
     at_home = json.loads(docker("exec", name, *ASK))
-    assert at_home["code"] == "login_required", f"her own socket knows her: {at_home}"
+    assert at_home["code"] == "denied" and "another server" in at_home["detail"], f"on her own socket: {at_home}"
     elsewhere = [a.replace("/run/tokenbroker", "/mnt") for a in ASK]
     refused(docker("exec", name, *elsewhere))
 
