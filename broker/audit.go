@@ -13,7 +13,7 @@ import (
 
 // An Entry is one line of the audit: who asked for what, and what came of it.
 // It holds no secret; a token is named by its fingerprint. Seq and Prev hold it in
-// its place, see chain.go.
+// its place, see auditchain.go.
 type Entry struct {
 	Seq       int64      `json:"seq"`
 	Ref       string     `json:"ref"`
@@ -45,7 +45,7 @@ type Entry struct {
 	Command   string     `json:"command,omitempty"` // of docker exec: the program, without arguments
 
 	// A line with Count stands for that many that were like the one named by Like,
-	// which was written at once; see recur.go.
+	// which was written at once; see auditstorm.go.
 	Count int        `json:"count,omitempty"`
 	Like  string     `json:"like,omitempty"`
 	First *time.Time `json:"first,omitempty"`

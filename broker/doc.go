@@ -30,7 +30,7 @@
 // Keys that seal the records are changed by keys.go, while brokers run.
 //
 // Decisions are in policy.go, what is said to callers in error.go, what is
-// written down in audit.go: as a chain (chain.go), storms counted (recur.go), into
+// written down in audit.go: as a chain (auditchain.go), storms counted (auditstorm.go), into
 // auditfile.go, read again by auditverify.go. The four interfaces are Store, Attestor, Provider
 // and Sockets; their comments are their contracts.
 //

@@ -2,7 +2,6 @@ package broker
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"slices"
 	"strconv"
@@ -106,13 +105,7 @@ func (b *Broker) boxed(e journalEntry) (Grant, bool) {
 		return Grant{}, false
 	}
 	var r grantRecord
-	var err error
-	erasing(func() {
-		var plain []byte
-		if plain, err = b.cfg.Keys.Open(e.Box, b.boxPlace(e.Key, e.Version)); err == nil {
-			err = json.Unmarshal(plain, &r)
-		}
-	})
+	err := openValue(b.cfg.Keys, e.Box, b.boxPlace(e.Key, e.Version), &r)
 	if err != nil {
 		b.cfg.Log.Error("a grant in the journal can't be opened", "grant", e.Key, "err", err)
 		return Grant{}, false
@@ -192,14 +185,7 @@ func (e *journalEntry) learn(g Grant) (news bool) {
 
 // box seals g for the journal; nil, which is logged, if it can't.
 func (b *Broker) box(g Grant) []byte {
-	var box []byte
-	var err error
-	erasing(func() {
-		var plain []byte
-		if plain, err = json.Marshal(g.record()); err == nil {
-			box, err = b.cfg.Keys.Seal(plain, b.boxPlace(g.Key, g.Version))
-		}
-	})
+	box, err := sealValue(b.cfg.Keys, g.record(), b.boxPlace(g.Key, g.Version))
 	if err != nil {
 		b.cfg.Log.Error("a grant can't be sealed for the journal", "grant", g.Key, "err", err)
 		return nil

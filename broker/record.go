@@ -52,45 +52,48 @@ func (a *vault) load(ctx context.Context, k Key, v any) (revision int64, err err
 	if err != nil {
 		return 0, storeError(err, k)
 	}
-	erasing(func() { err = a.open(k, r, v) })
-	if err != nil {
+	if err := a.open(k, r, v); err != nil {
 		return 0, err
 	}
 	return r.Revision, nil
 }
 
 func (a *vault) open(k Key, r Record, v any) error {
-	plain, err := a.keys.Open(r.Box, a.place(k, r.Revision))
-	if err != nil {
+	if err := openValue(a.keys, r.Box, a.place(k, r.Revision), v); err != nil {
 		return fmt.Errorf("open record %s: %w", k, err)
-	}
-	if err := json.Unmarshal(plain, v); err != nil {
-		return fmt.Errorf("read record %s: %w", k, err)
 	}
 	return nil
 }
 
 // save writes v at k if the record there still has revision was.
 func (a *vault) save(ctx context.Context, k Key, was int64, v any, life time.Duration) error {
-	var box []byte
-	var err error
-	erasing(func() { box, err = a.seal(k, was+1, v) })
+	box, err := sealValue(a.keys, v, a.place(k, was+1))
 	if err != nil {
-		return err
+		return fmt.Errorf("seal record %s: %w", k, err)
 	}
 	return storeError(a.store.Put(ctx, k, was, box, life), k)
 }
 
-func (a *vault) seal(k Key, revision int64, v any) ([]byte, error) {
-	plain, err := json.Marshal(v)
-	if err != nil {
-		return nil, fmt.Errorf("write record %s: %w", k, err)
-	}
-	box, err := a.keys.Seal(plain, a.place(k, revision))
-	if err != nil {
-		return nil, fmt.Errorf("seal record %s: %w", k, err)
-	}
-	return box, nil
+// sealValue seals v, as JSON, for its place.
+func sealValue(keys *seal.Keyset, v any, place seal.Place) (box []byte, err error) {
+	erasing(func() {
+		var plain []byte
+		if plain, err = json.Marshal(v); err == nil {
+			box, err = keys.Seal(plain, place)
+		}
+	})
+	return box, err
+}
+
+// openValue opens into v what sealValue sealed for a place.
+func openValue(keys *seal.Keyset, box []byte, place seal.Place, v any) (err error) {
+	erasing(func() {
+		var plain []byte
+		if plain, err = keys.Open(box, place); err == nil {
+			err = json.Unmarshal(plain, v)
+		}
+	})
+	return err
 }
 
 // unlessAbsent is err, or nil if there only is no record.

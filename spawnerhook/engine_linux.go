@@ -188,8 +188,8 @@ func postureOf(h *container.HostConfig) posture {
 	return p
 }
 
-// list returns the names of the containers that run.
-func (e *engine) list(ctx context.Context) ([]string, error) {
+// running lists the containers that run, or are paused.
+func (e *engine) running(ctx context.Context) ([]container.Summary, error) {
 	api, err := e.connected(ctx)
 	if err != nil {
 		return nil, err
@@ -197,11 +197,17 @@ func (e *engine) list(ctx context.Context) ([]string, error) {
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
 	r, err := api.ContainerList(ctx, client.ContainerListOptions{})
+	return r.Items, err
+}
+
+// list returns the names of the containers that run.
+func (e *engine) list(ctx context.Context) ([]string, error) {
+	all, err := e.running(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var names []string
-	for _, c := range r.Items {
+	for _, c := range all {
 		for _, name := range c.Names { // others are links, as in /web/db
 			if name = strings.TrimPrefix(name, "/"); !strings.Contains(name, "/") {
 				names = append(names, name)

@@ -61,11 +61,7 @@ and give that file to tokenbroker audit verify --head. It needs no running broke
 	}
 	file := configFlag(c)
 	c.RunE = action(func(c *cobra.Command, _ []string) error {
-		cfg, err := loadConfig(*file)
-		if err != nil {
-			return err
-		}
-		keys, err := seal.Load(cfg.Keys.Keyset, cfg.Keys.KEKFile)
+		cfg, keys, err := loadKeys(*file)
 		if err != nil {
 			return err
 		}

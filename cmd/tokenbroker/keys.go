@@ -65,16 +65,22 @@ type keyring struct {
 	out    io.Writer
 }
 
+// loadKeys reads a configuration and opens the keyset that it names.
+func loadKeys(file string) (*Config, *seal.Keyset, error) {
+	cfg, err := loadConfig(file)
+	if err != nil {
+		return nil, nil, err
+	}
+	keys, err := seal.Load(cfg.Keys.Keyset, cfg.Keys.KEKFile)
+	return cfg, keys, err
+}
+
 // keysAction makes f the body of a command on the keys that a configuration names.
 func keysAction(c *cobra.Command, f func(*cobra.Command, *keyring) error) {
 	file := configFlag(c)
 	c.Args = cobra.NoArgs
 	c.RunE = action(func(c *cobra.Command, _ []string) error {
-		cfg, err := loadConfig(*file)
-		if err != nil {
-			return err
-		}
-		keys, err := seal.Load(cfg.Keys.Keyset, cfg.Keys.KEKFile)
+		cfg, keys, err := loadKeys(*file)
 		if err != nil {
 			return err
 		}

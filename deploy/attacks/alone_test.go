@@ -184,26 +184,13 @@ func (f *forker) order(t *testing.T, what string) {
 // here and ends; its number is free when maker returns.
 func (w *world) maker(t *testing.T, s *server) (*net.UnixConn, int) {
 	t.Helper()
-	name := filepath.Join(w.shared, "maker.sock")
-	os.Remove(name)
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: name, Net: "unix"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	cmd := exec.Command(w.attack, "pass", s.socket(), name)
-	if out, err := cmd.CombinedOutput(); err != nil {
-		t.Fatalf("pass: %v: %s", err, out)
-	}
-	from, err := l.AcceptUnix()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer from.Close()
-	conn, err := received(from)
-	if err != nil {
-		t.Fatal(err)
-	}
+	path := filepath.Join(w.shared, "maker.sock")
+	cmd := exec.Command(w.attack, "pass", s.socket(), path)
+	conn := handed(t, path, func() {
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("pass: %v: %s", err, out)
+		}
+	})
 	return conn, cmd.ProcessState.Pid()
 }
 

@@ -109,12 +109,19 @@ func (w *world) passed(t *testing.T, pass func(channel string)) *net.UnixConn {
 	t.Helper()
 	name := strings.ReplaceAll(t.Name(), "/", "-")
 	name = name[max(0, len(name)-20):] + ".sock"
-	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: filepath.Join(w.shared, name), Net: "unix"})
+	return handed(t, filepath.Join(w.shared, name), func() { pass("/chan/" + name) })
+}
+
+// handed is the connection that pass has somebody send to a new socket at path.
+func handed(t *testing.T, path string, pass func()) *net.UnixConn {
+	t.Helper()
+	os.Remove(path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	pass("/chan/" + name)
+	pass()
 	l.SetDeadline(time.Now().Add(time.Minute))
 	from, err := l.AcceptUnix()
 	if err != nil {
@@ -227,6 +234,10 @@ func (w *world) outlived(t *testing.T) {
 	eventually(t, "a process outside its cgroups", file("outlive.ready"))
 	docker(t, "rm", "-f", s.name)
 	s.starts(t)
+	// Until then what is known is that its predecessor was refused.
+	w.find(t, "the next container's bind", func(e broker.Entry) bool {
+		return e.Action == "bind" && e.Outcome == "done" && e.Container == s.id
+	})
 	s.served(t)
 	if err := os.WriteFile(filepath.Join(w.shared, "outlive.go"), nil, 0o644); err != nil {
 		t.Fatal(err)

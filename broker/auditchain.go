@@ -58,7 +58,7 @@ type audit struct {
 	run  string // tells this run's refs from another's
 	n    int64
 
-	// What is counted, see recur.go.
+	// What is counted, see auditstorm.go.
 	kinds   map[kind]*run
 	details map[asker]int // of kinds
 	runs    []*run        // those of kinds, in the order of their first lines

@@ -5,8 +5,6 @@ import (
 	"path/filepath"
 	"strings"
 
-	"github.com/moby/moby/client"
-
 	"tokenbroker/broker"
 )
 
@@ -29,18 +27,12 @@ func (d *Docker) Mounts(ctx context.Context, servers string) ([]broker.Mount, er
 
 // mounts asks for the directories of the host that containers mount.
 func (e *engine) mounts(ctx context.Context) ([]broker.Mount, error) {
-	api, err := e.connected(ctx)
-	if err != nil {
-		return nil, err
-	}
-	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
-	defer cancel()
-	r, err := api.ContainerList(ctx, client.ContainerListOptions{}) // that run, or are paused
+	running, err := e.running(ctx)
 	if err != nil {
 		return nil, err
 	}
 	var all []broker.Mount
-	for _, c := range r.Items {
+	for _, c := range running {
 		for _, m := range c.Mounts {
 			all = append(all, broker.Mount{
 				Container: c.ID, Name: strings.TrimPrefix(strings.Join(c.Names, ","), "/"), Directory: filepath.Clean(m.Source),
