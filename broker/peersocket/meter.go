@@ -23,6 +23,10 @@ const (
 	refusalCosts    = 2 << 10 // an answer, and its line in the audit
 	// atATime is how much of one connection is read before it is another's turn.
 	atATime = 1 << 10
+	// share is what part of a second's bytes is read at once. Requests that may all
+	// be asked at once are so spread over some time: answered in one go, they would
+	// be what a neighbour's request waits behind.
+	share = 8
 )
 
 // A meter bounds what the callers of one server make the broker do, over all of
@@ -42,10 +46,11 @@ type meter struct {
 }
 
 func newMeter(perSecond int) *meter {
+	bytes := perSecond * bytesPerRequest
 	m := &meter{
 		perSecond: perSecond,
 		requests:  rate.NewLimiter(rate.Limit(perSecond), burst*perSecond),
-		bytes:     rate.NewLimiter(rate.Limit(perSecond*bytesPerRequest), max(perSecond*bytesPerRequest, atATime)),
+		bytes:     rate.NewLimiter(rate.Limit(bytes), max(bytes/share, atATime)),
 	}
 	m.end = func() { m.busy.Add(-1) }
 	return m

@@ -503,6 +503,26 @@ func TestAServersBytesAreReadAtItsRate(t *testing.T) {
 	}
 }
 
+// What a server may ask at once is not read at once: a neighbour's request would
+// wait behind all of it.
+func TestABurstIsSpreadOverTime(t *testing.T) {
+	const (
+		rate  = 100
+		burst = 50 << 10 // half of what is read in a second
+	)
+	s, _ := newServers(t)
+	s.SetRate(rate)
+	began := time.Now()
+	dial(t, open(t, s, alice), strings.Repeat("x", burst))
+	if _, err := io.ReadFull(accept(t, s.HTTP()), make([]byte, burst)); err != nil {
+		t.Fatal(err)
+	}
+	took := time.Since(began)
+	if least := time.Second / 4; took < least {
+		t.Errorf("%d bytes were read within %s, before %s", burst, took, least)
+	}
+}
+
 // A stranger who knocks all the time costs the hub nothing but the knocking: he
 // holds none of its places.
 func TestStrangersTakeNobodysPlace(t *testing.T) {
