@@ -79,7 +79,7 @@ type Peer struct {
 	PID    int32
 	UID    uint32
 	GID    uint32
-	Pidfd  *os.File // nil where the kernel has no SO_PEERPIDFD
+	Pidfd  *os.File // who connected; before Linux 6.5 who had PID when it was accepted; before 5.3 nil
 	Start  uint64   // start time of PID in clock ticks, if Pidfd is nil
 
 	// attested is the workload for which Attest last succeeded. A server that

@@ -39,19 +39,24 @@ func readPeer(fd int, p *broker.Peer) error {
 	p.PID, p.UID, p.GID = cred.Pid, cred.Uid, cred.Gid
 
 	pidfd, err := peerPidfd(fd)
+	if errors.Is(err, unix.ENOPROTOOPT) { // Linux before 6.5
+		// Whoever has the number by now: since the connection was made it may have
+		// become another's, from here on it can't.
+		pidfd, err = unix.PidfdOpen(int(p.PID), 0)
+	}
 	switch {
 	case err == nil:
 		p.Pidfd = os.NewFile(uintptr(pidfd), "pidfd")
 		return nil
-	case errors.Is(err, unix.ENOPROTOOPT): // Linux before 6.5
+	case errors.Is(err, unix.ENOSYS): // Linux before 5.3
 		p.Start, err = startTime(p.PID)
 		return err
 	}
-	return fmt.Errorf("SO_PEERPIDFD: %w", err) // the peer is dead already
+	return fmt.Errorf("pidfd of the peer: %w", err) // it is dead already
 }
 
-// startTime reads when a process started. Without a pidfd it is what tells the
-// peer from a later process with the same number.
+// startTime reads when a process started, to the hundredth of a second. Without a
+// pidfd it is what tells the peer from a later process with the same number.
 func startTime(pid int32) (uint64, error) {
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {

@@ -50,7 +50,7 @@ func TestThePidfdTellsWhenThePeerHasDied(t *testing.T) {
 		t.Fatalf("Peer: pid %d, want %d", p.PID, child.pid)
 	}
 	if p.Pidfd == nil {
-		t.Skip("this kernel has no SO_PEERPIDFD")
+		t.Skip("this kernel has no pidfds")
 	}
 	if dead(t, p) {
 		t.Error("the peer is said to be dead while it lives")
@@ -81,7 +81,7 @@ func TestThePidfdIsClosedWithItsConnection(t *testing.T) {
 	dial(t, open(t, s, alice), sayHTTP)
 	c := accept(t, s.HTTP())
 	if c.Peer().Pidfd == nil {
-		t.Skip("this kernel has no SO_PEERPIDFD")
+		t.Skip("this kernel has no pidfds")
 	}
 	c.Close()
 	if _, err := c.Peer().Pidfd.Stat(); !errors.Is(err, os.ErrClosed) {

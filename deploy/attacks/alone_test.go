@@ -4,6 +4,7 @@ package attacks_test
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -14,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"tokenbroker/broker"
 )
@@ -125,12 +128,18 @@ func (w *world) reuse(t *testing.T, c *forker, alice *server, frozen bool) (a an
 	if frozen {
 		w.broker.cmd.Process.Signal(syscall.SIGSTOP)
 	}
-	conn, pid := w.maker(t, alice)
+	conn, pid, end := w.maker(t, alice)
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(time.Minute))
-	if frozen {
-		io.WriteString(conn, question)
+	asked := len(question) // all of it, before the maker ends
+	if !frozen {
+		asked = 10
 	}
+	io.WriteString(conn, question[:asked])
+	if !frozen { // who reads has asked before who is there
+		eventually(t, "the broker to read", func() bool { return unread(t, conn) == 0 })
+	}
+	end()
 	os.WriteFile(lastPID, fmt.Appendf(nil, "%d", pid-1), 0)
 	c.order(t, "fork")
 	defer c.order(t, "kill")
@@ -139,13 +148,27 @@ func (w *world) reuse(t *testing.T, c *forker, alice *server, frozen bool) (a an
 	if frozen {
 		w.broker.cmd.Process.Signal(syscall.SIGCONT)
 	}
-	switch {
-	case !hit:
+	if !hit {
 		return answer{}, false
-	case frozen:
-		return answerOn(conn), true
 	}
-	return askOn(conn), true
+	if _, err := io.WriteString(conn, question[asked:]); err != nil {
+		return answer{Error: err.Error()}, true
+	}
+	return answerOn(conn), true
+}
+
+// unread is how many bytes that were written to conn its other end has not read.
+func unread(t *testing.T, conn *net.UnixConn) (n int) {
+	t.Helper()
+	raw, err := conn.SyscallConn()
+	if err == nil {
+		cerr := raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.TIOCOUTQ) })
+		err = errors.Join(err, cerr)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
 }
 
 // A forker makes processes in a container.
@@ -180,18 +203,22 @@ func (f *forker) order(t *testing.T, what string) {
 	}
 }
 
-// maker runs a process that connects to a server's socket, passes the connection
-// here and ends; its number is free when maker returns.
-func (w *world) maker(t *testing.T, s *server) (*net.UnixConn, int) {
+// maker runs a process that connects to a server's socket and passes the connection
+// here. Its number is free when end returns.
+func (w *world) maker(t *testing.T, s *server) (conn *net.UnixConn, pid int, end func()) {
 	t.Helper()
 	path := filepath.Join(w.shared, "maker.sock")
 	cmd := exec.Command(w.attack, "pass", s.socket(), path)
-	conn := handed(t, path, func() {
-		if out, err := cmd.CombinedOutput(); err != nil {
-			t.Fatalf("pass: %v: %s", err, out)
+	hold, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn = handed(t, path, func() {
+		if err := cmd.Start(); err != nil {
+			t.Fatalf("pass: %v", err)
 		}
 	})
-	return conn, cmd.ProcessState.Pid()
+	return conn, cmd.Process.Pid, func() { hold.Close(); cmd.Wait() }
 }
 
 // planted puts other things in the place of a server's socket, out of a container

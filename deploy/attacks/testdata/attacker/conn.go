@@ -168,7 +168,7 @@ func fake(path string) error {
 	}))
 }
 
-// pass connects, hands the connection on and ends.
+// pass connects, hands the connection on and ends when its input does.
 func pass(socket, channel string) error {
 	c, err := net.Dial("unix", socket)
 	if err != nil {
@@ -184,6 +184,7 @@ func pass(socket, channel string) error {
 	}
 	_, _, err = to.(*net.UnixConn).WriteMsgUnix([]byte{0}, unix.UnixRights(int(f.Fd())), nil)
 	say(map[string]any{"passed": err == nil})
+	io.Copy(io.Discard, os.Stdin)
 	return err
 }
 
