@@ -331,7 +331,9 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 		return storeError(err, grantsKey)
 	}
 	login := t.Pending
+	var was Grant
 	g, err := b.changeGrant(ctx, k, func(g *Grant, _ bool) error {
+		was = *g
 		switch {
 		case g.User != "" && g.User != user:
 			return t.anothers(g.User)
@@ -349,6 +351,11 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 	}
 	if err := b.move(ctx, k); err != nil {
 		return err
+	}
+	if was.Tombstone.IsZero() && changes(was.Roles, g.Roles) != "" && !b.closes() { // the hub need not wait for the provider
+		b.work.Go(func() {
+			b.afterChange(context.WithoutCancel(ctx), userKey{k.Hub, user}, rights{roles: was.Roles, before: true})
+		})
 	}
 	if g.State == Live && g.LoginAt.Equal(login.At) && g.RefreshedAt.Equal(login.At) {
 		token := login.Token.open()

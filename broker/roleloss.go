@@ -34,6 +34,7 @@ func byLoss(what string) ending {
 type rights struct {
 	roles  []string // canonical
 	groups []string
+	before bool // in the session before this one, which a login has replaced
 }
 
 // afterChange does what follows from a change of k's rights, which every broker has
@@ -58,6 +59,7 @@ func (b *Broker) rightsLost(ctx context.Context, k userKey, had rights) error {
 		what := r.lostWith(v, k.hub, had)
 		switch {
 		case what == "":
+		case r.OnRoleLost == RevokeGrants && had.before: // it has ended, and the new one never had them
 		case r.OnRoleLost == RevokeGrants:
 			errs = append(errs, b.endForLoss(ctx, v, k.hub, r.Provider, what))
 		case r.OnRoleLost == StopServer:

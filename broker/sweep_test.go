@@ -185,6 +185,42 @@ func TestALostRoleCanStopServersThatLostTheirPurpose(t *testing.T) {
 	}
 }
 
+// A role may be gone before anybody looks, and the next login be the first to show
+// it: what it gave is taken back all the same, but the login itself stands.
+func TestARoleThatALoginDoesNotBringIsLost(t *testing.T) {
+	t.Run("tokens and servers", func(t *testing.T) {
+		hub := &fakeHub{users: map[broker.UserID][]broker.ServerName{"alice": {""}}}
+		inBubble(t, func(r *rig) {
+			r.loggedIn("alice")
+			token := r.token(r.running("alice", 100), broker.Want{Audience: "storage"})
+			r.provider.SetRoles("alice", "guest")
+			time.Sleep(time.Second)
+			r.loggedIn("alice")
+			time.Sleep(time.Second)
+			if !slices.Contains(r.provider.Revoked(), token.Access.Reveal()) {
+				t.Error("the token of the role works on")
+			}
+			hub.set(func() {
+				if len(hub.stopped) != 1 {
+					t.Errorf("stopped: %v", hub.stopped)
+				}
+			})
+		}, hub.of, onRoleLost(broker.StopServer))
+	})
+	t.Run("the new session", func(t *testing.T) {
+		inBubble(t, func(r *rig) {
+			r.loggedIn("alice")
+			p := r.running("alice", 100)
+			r.provider.SetRoles("alice", "student")
+			time.Sleep(time.Second)
+			r.loggedIn("alice")
+			time.Sleep(time.Second)
+			r.refused(p, broker.Want{Audience: "storage"}, broker.ErrDenied)
+			r.token(p, broker.Want{Audience: "library"})
+		}, onRoleLost(broker.RevokeGrants))
+	})
+}
+
 // byGroup has the first rule want the hub's group lab besides its role, and do what
 // when either is lost.
 func byGroup(what broker.OnRoleLost) func(*broker.Config) {
