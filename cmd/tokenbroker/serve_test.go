@@ -5,6 +5,9 @@ package main
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"io"
 	"log/slog"
 	"net"
@@ -94,7 +97,7 @@ func TestTheListenerWantsItsSecret(t *testing.T) {
 		secret := filepath.Join(filepath.Dir(c.Keys.KEKFile), "hub-secret")
 		write(t, secret, hubSecret, 0o400)
 		h := c.Hubs["main"]
-		h.Listener = &ListenerConfig{Address: address, ClientSecretFile: secret}
+		h.Listener = &ListenerConfig{ListenConfig{Address: address}, secret}
 		c.Hubs["main"] = h
 	})
 	code, verifier, err := devidp.CodeFor(t.Context(), w.idp.issuer, "jupyterhub", hubCallback, "alice", "openid", "storage")
@@ -116,6 +119,53 @@ func TestTheListenerWantsItsSecret(t *testing.T) {
 		resp.Body.Close()
 		if !strings.Contains(string(text), tt.want) {
 			t.Errorf("with secret %q: got %s, want %s", tt.secret, text, tt.want)
+		}
+	}
+}
+
+// With TLS the names are those of the certificate; without, a proxy's are configured.
+func TestListenersAreAskedUnderTheirNames(t *testing.T) {
+	secure, proxied := freeAddress(t), freeAddress(t)
+	cert := filepath.Join(t.TempDir(), "cert")
+	trusted := x509.NewCertPool()
+	trusted.AddCert(certificate(t, cert, "broker.example"))
+	newTestWorld(t, func(c *Config) {
+		c.Metrics = &ListenConfig{Address: secure, TLSCertFile: cert + ".pem", TLSKeyFile: cert + "-key.pem"}
+		c.Logout = &ListenConfig{Address: proxied, Hosts: []string{"hub.example.org"}}
+	})
+	tr := &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", secure)
+		},
+		TLSClientConfig:   &tls.Config{RootCAs: trusted, ServerName: "broker.example"},
+		ForceAttemptHTTP2: true,
+	}
+	defer tr.CloseIdleConnections()
+	overTLS, plain := &http.Client{Transport: tr}, http.DefaultClient
+	for _, tt := range []struct {
+		client    *http.Client
+		url, host string
+		status    int
+	}{
+		{overTLS, "https://broker.example/metrics", "", 200},
+		{overTLS, "https://broker.example/metrics", "localhost", 400},
+		{plain, "http://" + proxied + "/", "hub.example.org", 404},
+		{plain, "http://" + proxied + "/", "", 404},
+		{plain, "http://" + proxied + "/", "evil.example", 400},
+	} {
+		r, err := http.NewRequest(http.MethodGet, tt.url, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Host = tt.host
+		resp, err := tt.client.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != tt.status || resp.ProtoMajor != 1 || tt.status == 400 && !strings.Contains(string(text), "hosts") {
+			t.Errorf("%s as %q: %s %d %s, want %d", tt.url, tt.host, resp.Proto, resp.StatusCode, text, tt.status)
 		}
 	}
 }
