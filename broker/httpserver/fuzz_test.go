@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -65,6 +66,9 @@ func answerTo(t *testing.T, srv *http.Server, p *broker.Peer, r *http.Request) *
 	return w
 }
 
+// mayLetIn is what a loopback name looks like.
+var mayLetIn = regexp.MustCompile(`(?i)^\[?(localhost|[0-9a-f.:]+)\]?\.?(:.*)?$`)
+
 func FuzzTokenEndpoint(f *testing.F) {
 	for _, seed := range []string{
 		codeForm("alice").Encode(), refreshForm("tbh_x").Encode(), "", "grant_type", "grant_type=refresh_token&refresh_token=a&refresh_token=b",
@@ -83,7 +87,7 @@ func FuzzTokenEndpoint(f *testing.F) {
 			r := newRequest(t, "POST", "/oauth2/token/"+url.PathEscape(provider), form, body)
 			r.Host = host
 			w := answerTo(t, srv, &broker.Peer{Hub: "main"}, r)
-			if w.Code == 200 && !strings.Contains("localhost 127. ::1", strings.ToLower(host[:min(len(host), 4)])) {
+			if w.Code == 200 && !mayLetIn.MatchString(host) && (host != "" || srv == onTCP) {
 				t.Errorf("Host %q was let in", host)
 			}
 			sent, _ := url.ParseQuery(body)

@@ -32,7 +32,7 @@ func (h Hosts) has(host string) bool {
 		return h.Certificate.VerifyHostname(host) == nil
 	}
 	ip, _ := netip.ParseAddr(host)
-	return host == "localhost" || ip.IsLoopback()
+	return host == "localhost" || ip.IsLoopback() && ip.Zone() == ""
 }
 
 // String lists them.

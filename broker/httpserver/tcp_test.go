@@ -127,7 +127,7 @@ func TestAListenerAnswersUnderItsNamesOnly(t *testing.T) {
 		{
 			"loopback", nil, httpserver.Hosts{},
 			[]string{"localhost", "LocalHost:9444", "localhost.", "127.0.0.1", "127.0.0.1:9444", "127.8.9.10", "[::1]", "[::1]:9444"},
-			[]string{"", ":9444", ".", "evil.example", "localhost.evil.example", "evil.localhost", "10.0.0.1", "[::2]", "0.0.0.0", "127.0.0.1.evil.example"},
+			[]string{"", ":9444", ".", "evil.example", "localhost.evil.example", "evil.localhost", "[::1%evil.example]", "10.0.0.1", "[::2]", "0.0.0.0", "127.0.0.1.evil.example"},
 		},
 		{
 			"TLS", cert, httpserver.Hosts{Certificate: cert.Leaf},

@@ -30,10 +30,8 @@ func check(c *Config, d *decoder, f files) {
 	k.names()
 	k.hubs()
 	k.logins()
-	for key, l := range map[string]*ListenConfig{"logout": c.Logout, "metrics": c.Metrics} {
-		if l != nil {
-			k.tcp(key, l)
-		}
+	for key, l := range c.listeners() {
+		k.tcp(key, l)
 	}
 	k.servers()
 	k.store()
@@ -116,7 +114,7 @@ func (k checker) hubs() {
 			k.hubAPI(key+".api", h.API)
 		}
 		if h.Listener != nil {
-			k.listener(key+".listener", h.Listener)
+			k.listenerSecret(key+".listener.client_secret_file", h.Listener)
 		}
 		k.c.Hubs[name] = h
 	}
@@ -142,14 +140,13 @@ func (k checker) hubAPI(key string, a *HubAPIConfig) {
 // longSecret is how many characters of base64 hold 256 random bits.
 const longSecret = 43
 
-func (k checker) listener(key string, l *ListenerConfig) {
-	l.ClientSecretFile = k.secret(key+".client_secret_file", l.ClientSecretFile, true)
+func (k checker) listenerSecret(key string, l *ListenerConfig) {
+	l.ClientSecretFile = k.secret(key, l.ClientSecretFile, true)
 	// A socket knows its peer; here a good guess would be the hub.
 	if s, err := readSecret(l.ClientSecretFile); err == nil && len(s.Reveal()) < longSecret {
-		k.add(key+".client_secret_file", "the secret in %s has fewer than %d characters and could be guessed: make one with openssl rand -base64 32",
+		k.add(key, "the secret in %s has fewer than %d characters and could be guessed: make one with openssl rand -base64 32",
 			l.ClientSecretFile, longSecret)
 	}
-	k.tcp(key, &l.ListenConfig)
 }
 
 // tcp notes what is wrong with where a TCP listener listens.

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -108,6 +109,18 @@ type ListenerConfig struct {
 	// ClientSecretFile holds what the hub must send as client_secret: at least 43
 	// characters, as `openssl rand -base64 32` makes them.
 	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
+}
+
+// listeners returns the TCP listeners by their keys.
+func (c *Config) listeners() map[string]*ListenConfig {
+	all := map[string]*ListenConfig{"logout": c.Logout, "metrics": c.Metrics}
+	for name, h := range c.Hubs {
+		if h.Listener != nil {
+			all["hubs."+string(name)+".listener"] = &h.Listener.ListenConfig
+		}
+	}
+	maps.DeleteFunc(all, func(_ string, l *ListenConfig) bool { return l == nil })
+	return all
 }
 
 // ListenConfig is a TCP listener.

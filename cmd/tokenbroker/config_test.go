@@ -53,8 +53,8 @@ func site(t *testing.T, text string) string {
 	write(t, filepath.Join(dir, "secret"), "s3cret\n", 0o400)
 	write(t, filepath.Join(dir, "long-secret"), strings.Repeat("x", 43)+"\n", 0o400)
 	write(t, filepath.Join(dir, "wrong-kek"), "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\n", 0o400)
-	certificate(t, filepath.Join(dir, "cert"), "hub.example.org")
-	certificate(t, filepath.Join(dir, "nameless"))
+	certificate(t, filepath.Join(dir, "cert"), time.Now().Add(time.Hour), "hub.example.org")
+	certificate(t, filepath.Join(dir, "nameless"), time.Now().Add(time.Hour))
 	if err := seal.Create(filepath.Join(dir, "keyset.json"), filepath.Join(dir, "kek")); err != nil {
 		t.Fatal(err)
 	}
@@ -64,13 +64,13 @@ func site(t *testing.T, text string) string {
 }
 
 // certificate writes one for names, as path.pem and path-key.pem, and returns it.
-func certificate(t *testing.T, path string, names ...string) *x509.Certificate {
+func certificate(t *testing.T, path string, until time.Time, names ...string) *x509.Certificate {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour), DNSNames: names, IsCA: true, BasicConstraintsValid: true}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: until, DNSNames: names, IsCA: true, BasicConstraintsValid: true}
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	if err != nil {
 		t.Fatal(err)

@@ -21,6 +21,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
+	"tokenbroker/broker"
 	"tokenbroker/broker/devidp"
 )
 
@@ -128,7 +131,7 @@ func TestListenersAreAskedUnderTheirNames(t *testing.T) {
 	secure, proxied := freeAddress(t), freeAddress(t)
 	cert := filepath.Join(t.TempDir(), "cert")
 	trusted := x509.NewCertPool()
-	trusted.AddCert(certificate(t, cert, "broker.example"))
+	trusted.AddCert(certificate(t, cert, time.Now().Add(time.Hour), "broker.example"))
 	newTestWorld(t, func(c *Config) {
 		c.Metrics = &ListenConfig{Address: secure, TLSCertFile: cert + ".pem", TLSKeyFile: cert + "-key.pem"}
 		c.Logout = &ListenConfig{Address: proxied, Hosts: []string{"hub.example.org"}}
@@ -355,6 +358,29 @@ func TestAHelperThatImagesCanNotRunIsFound(t *testing.T) {
 	got = checkHelper(t.Context(), &Config{Helper: script})
 	if got[0].Result != "FAILS" || !strings.Contains(got[0].Detail, "chmod 0755") {
 		t.Errorf("a closed one: %+v", got)
+	}
+}
+
+func TestDoctorSaysUnderWhichNamesTheListenersAreAsked(t *testing.T) {
+	dir := t.TempDir()
+	certificate(t, dir+"/new", time.Now().Add(time.Hour), "hub.example.org")
+	certificate(t, dir+"/old", time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC), "hub.example.org")
+	with := func(cert string) ListenConfig {
+		return ListenConfig{Address: "0.0.0.0:9444", TLSCertFile: dir + cert + ".pem", TLSKeyFile: dir + cert + "-key.pem", Hosts: []string{"a"}}
+	}
+	old := with("/old")
+	got := checkListeners(t.Context(), &Config{
+		Hubs:    map[broker.HubID]HubConfig{"main": {Listener: &ListenerConfig{ListenConfig: with("/new")}}, "other": {}},
+		Logout:  &old,
+		Metrics: &ListenConfig{Address: "127.0.0.1:9464"},
+	})
+	want := []finding{
+		{"hubs.main.listener", "ok", "0.0.0.0:9444 may be asked as hub.example.org, a"},
+		{"logout", "FAILS", "the certificate in " + dir + "/old.pem ended on 2026-01-02"},
+		{"metrics", "ok", "127.0.0.1:9464 may be asked as localhost, its addresses"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("checkListeners (-want +got):\n%s", diff)
 	}
 }
 
