@@ -204,13 +204,14 @@ func TestEachListenerAsksForTheHostFirst(t *testing.T) {
 // connections than it takes: silent ones, half requests, answered ones. The hub gets
 // its answers meanwhile.
 func TestNobodyLocksTheHubOutWithWrongSecrets(t *testing.T) {
-	for _, with := range []string{"", "TLS"} {
+	for with, wrong := range map[string]int{"plain": 1000, "TLS": 200} {
 		t.Run(with, func(t *testing.T) {
+			began := time.Now()
 			s := newStack(t, setup{})
 			handle := s.login().Reveal()
 			hosts, host, dial := httpserver.Hosts{}, "localhost", func(address string) (net.Conn, error) { return net.Dial("tcp", address) }
 			var cert *tls.Certificate
-			if with != "" {
+			if with == "TLS" {
 				cert = certificate(t)
 				hosts.Certificate, host = cert.Leaf, "broker.example"
 				dial = func(address string) (net.Conn, error) {
@@ -229,7 +230,7 @@ func TestNobodyLocksTheHubOutWithWrongSecrets(t *testing.T) {
 				dialTCP(t, address)
 			}
 
-			const wrong, askers = 1000, 8
+			const askers = 8
 			var storm sync.WaitGroup
 			refused := make(chan int, wrong)
 			for i := range askers {
@@ -272,10 +273,11 @@ func TestNobodyLocksTheHubOutWithWrongSecrets(t *testing.T) {
 			if status, _, err := asked.refresh(tcpSecret, handle, host); err != nil || status != 200 {
 				t.Errorf("after the storm: %d, %v", status, err)
 			}
-			if n := strings.Count(s.audit.String(), `"code":"unknown_peer"`); n != 1 {
-				t.Errorf("the audit has %d lines of wrong secrets, want the first", n)
+			minutes := 1 + int(time.Since(began)/time.Minute) // a slow machine takes several
+			if n := strings.Count(s.audit.String(), `"code":"unknown_peer"`); n < 1 || n > 2*minutes {
+				t.Errorf("the audit has %d lines of wrong secrets, want the first of a minute, and how many more there were", n)
 			}
-			if n := strings.Count(s.log.String(), "make room"); n != 1 {
+			if n := strings.Count(s.log.String(), "make room"); n < 1 || n > minutes {
 				t.Errorf("the log says %d times that there is no room", n)
 			}
 			if strings.Contains(s.audit.String()+s.log.String(), canary) {
@@ -290,6 +292,12 @@ func TestNobodyLocksTheHubOutWithWrongSecrets(t *testing.T) {
 func TestWhoHasMostConnectionsMakesRoom(t *testing.T) {
 	s := newStack(t, setup{})
 	address := s.tokenEndpoint(httpserver.Hosts{}, nil)
+	wrong := func(l link) {
+		t.Helper()
+		if status, text, err := l.refresh("wrong", "tbh_x", "localhost"); err != nil || status != 401 {
+			t.Fatalf("a wrong secret: %d %s, %v", status, text, err)
+		}
+	}
 	from := func(ip string) link {
 		d := net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(ip)}}
 		c, err := d.Dial("tcp", address)
@@ -297,7 +305,9 @@ func TestWhoHasMostConnectionsMakesRoom(t *testing.T) {
 			t.Skipf("this system has no %s: %v", ip, err)
 		}
 		t.Cleanup(func() { c.Close() })
-		return newLink(c)
+		l := newLink(c)
+		wrong(l) // who says nothing has only 5 s
+		return l
 	}
 	patient := from("127.0.0.2") // the oldest of all
 	var flood []link
@@ -309,10 +319,8 @@ func TestWhoHasMostConnectionsMakesRoom(t *testing.T) {
 			t.Fatalf("connection %d of the flood is still open", i)
 		}
 	}
-	for i, l := range append(flood[51:], patient) {
-		if status, text, err := l.refresh("wrong", "tbh_x", "localhost"); err != nil || status != 401 {
-			t.Fatalf("connection %d that is left: %d %s, %v", i, status, text, err)
-		}
+	for _, l := range append(flood[51:], patient) {
+		wrong(l)
 	}
 }
 
@@ -328,21 +336,28 @@ func TestWhoHasShownTheSecretIsNotEnded(t *testing.T) {
 			t.Fatalf("connection %d: %d %s, %v", i, status, text, err)
 		}
 	}
-	if !dialTCP(t, address).ended() {
-		t.Error("one too many was kept")
+	if c, err := net.Dial("tcp", address); err == nil { // it may be ended sooner than we know that it was made
+		if status, text, err := newLink(c).refresh(tcpSecret, handle, "localhost"); err == nil {
+			t.Errorf("one too many was answered: %d %s", status, text)
+		}
+		c.Close()
+	}
+	for i, l := range all {
+		if status, text, err := l.refresh(tcpSecret, handle, "localhost"); err != nil || status != 200 {
+			t.Fatalf("connection %d, again: %d %s, %v", i, status, text, err)
+		}
 	}
 	all[0].Close()
 	for end := time.Now().Add(time.Minute); ; { // until the server has seen it
-		status, _, err := dialTCP(t, address).refresh(tcpSecret, handle, "localhost")
-		if err == nil && status == 200 {
+		c, err := net.Dial("tcp", address)
+		if err == nil {
+			_, _, err = newLink(c).refresh(tcpSecret, handle, "localhost")
+			c.Close()
+		}
+		if err == nil {
 			break
 		} else if time.Now().After(end) {
-			t.Fatalf("there is room again: %d, %v", status, err)
-		}
-	}
-	for i, l := range all[1:] {
-		if status, text, err := l.refresh(tcpSecret, handle, "localhost"); err != nil || status != 200 {
-			t.Fatalf("connection %d, again: %d %s, %v", i, status, text, err)
+			t.Fatalf("there is room again: %v", err)
 		}
 	}
 }
