@@ -15,3 +15,6 @@ func ShortenAge(d time.Duration) (undo func()) {
 	maxAge = d
 	return func() { maxAge = old }
 }
+
+// MaxConns is maxConns.
+const MaxConns = maxConns

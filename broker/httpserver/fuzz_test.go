@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -65,24 +66,36 @@ func answerTo(t *testing.T, srv *http.Server, p *broker.Peer, r *http.Request) *
 	return w
 }
 
+// mayLetIn is what a loopback name looks like.
+var mayLetIn = regexp.MustCompile(`(?i)^\[?(localhost|[0-9a-f.:]+)\]?\.?(:.*)?$`)
+
 func FuzzTokenEndpoint(f *testing.F) {
 	for _, seed := range []string{
 		codeForm("alice").Encode(), refreshForm("tbh_x").Encode(), "", "grant_type", "grant_type=refresh_token&refresh_token=a&refresh_token=b",
 		"%zz", "a;b", "grant_type=authorization_code&code=%00&code_verifier=%ff&redirect_uri=%0d%0a", "grant_type=refresh_token&refresh_token=" + strings.Repeat("x", 100),
 	} {
-		f.Add("keycloak", seed)
+		f.Add("keycloak", seed, "localhost")
 	}
-	f.Add("nope", refreshForm("tbh_x").Encode())
+	for _, host := range []string{"", "evil.example", "[::1]:9444", "[", "]:", "localhost.:x", "127.0.0.1.", "::1%lo", "\x00"} {
+		f.Add("nope", refreshForm("tbh_x").Encode(), host)
+	}
 	b := newBroker(f)
-	srv := httpserver.NewHub(b, quietLog())
-	f.Fuzz(func(t *testing.T, provider, body string) {
-		r := newRequest(t, "POST", "/oauth2/token/"+url.PathEscape(provider), form, body)
-		w := answerTo(t, srv, &broker.Peer{Hub: "main"}, r)
-		sent, _ := url.ParseQuery(body)
-		for _, name := range []string{"code", "code_verifier", "refresh_token", "client_secret"} {
-			secret := sent.Get(name)
-			if len(secret) > 12 && w.Code != 200 && strings.Contains(w.Body.String(), secret) {
-				t.Errorf("the answer repeats %s: %s", name, w.Body)
+	onSocket := httpserver.NewHub(b, quietLog())
+	onTCP := httpserver.NewTokenEndpoint(b, "main", broker.NewSecret(canary+"s"), httpserver.Hosts{}, quietLog())
+	f.Fuzz(func(t *testing.T, provider, body, host string) {
+		for _, srv := range []*http.Server{onSocket, onTCP} {
+			r := newRequest(t, "POST", "/oauth2/token/"+url.PathEscape(provider), form, body)
+			r.Host = host
+			w := answerTo(t, srv, &broker.Peer{Hub: "main"}, r)
+			if w.Code == 200 && !mayLetIn.MatchString(host) && (host != "" || srv == onTCP) {
+				t.Errorf("Host %q was let in", host)
+			}
+			sent, _ := url.ParseQuery(body)
+			for _, name := range []string{"code", "code_verifier", "refresh_token", "client_secret"} {
+				secret := sent.Get(name)
+				if len(secret) > 12 && w.Code != 200 && strings.Contains(w.Body.String(), secret) {
+					t.Errorf("the answer repeats %s: %s", name, w.Body)
+				}
 			}
 		}
 	})

@@ -63,6 +63,7 @@ type edge struct {
 	b      *broker.Broker
 	log    *slog.Logger
 	serves func(*broker.Peer) bool // keeps a service off another one's sockets; nil: not on a socket
+	hosts  Hosts                   // without a socket
 }
 
 // A route is one thing that can be asked for. action is its name in the audit,
@@ -169,8 +170,12 @@ func (e edge) mayAsk(w http.ResponseWriter, r *http.Request, method string) erro
 	if r.Header.Get("Origin") != "" {
 		return refusal(http.StatusBadRequest, "requests of browsers (header Origin) are not served")
 	}
-	if host := hostname(r.Host); e.serves != nil && host != "" && !strings.EqualFold(host, "localhost") {
+	switch host := hostname(r.Host); {
+	case e.serves != nil && host != "" && host != "localhost":
 		return refusal(http.StatusBadRequest, "the header Host must be localhost")
+	case e.serves == nil && !e.hosts.has(host):
+		return refusal(http.StatusBadRequest, "this listener has another name than the header Host says; if it is one of the token broker's, "+
+			"add it to the listener's hosts in the broker's configuration")
 	}
 	if method != "" && r.Method != method {
 		w.Header().Set("Allow", method)
@@ -179,12 +184,13 @@ func (e edge) mayAsk(w http.ResponseWriter, r *http.Request, method string) erro
 	return nil
 }
 
-// hostname is host without its port.
+// hostname is the name in a header Host: without the port, in lower case.
 func hostname(host string) string {
 	if name, _, err := net.SplitHostPort(host); err == nil {
-		return name
+		host = name
 	}
-	return host
+	host = strings.TrimSuffix(strings.TrimPrefix(host, "["), "]") // of an IPv6 address
+	return strings.ToLower(strings.TrimSuffix(host, "."))
 }
 
 // crashed logs a panic. Only what the runtime says is put into words: another
@@ -207,6 +213,9 @@ func (e edge) told(r *http.Request, p *broker.Peer, action string, err error) *b
 		return told
 	case told == nil && r.Context().Err() != nil: // nobody listens any more
 		return broker.Errorf(broker.Unavailable, "the caller left")
+	}
+	if e.serves == nil { // there is no peer to name
+		err = fmt.Errorf("%w (from %s)", err, r.RemoteAddr)
 	}
 	return e.b.Refuse(p, action, err)
 }

@@ -23,14 +23,15 @@ const (
 )
 
 // NewLogout receives the providers' logout tokens (OpenID Connect Back-Channel
-// Logout 1.0, section 2.5), on a loopback or TLS listener. Anybody may send some.
-func NewLogout(b *broker.Broker, log *slog.Logger) http.Handler {
-	e := edge{b: b, log: log}
+// Logout 1.0, section 2.5), on a loopback or TLS listener of Bound's. Anybody may
+// send some.
+func NewLogout(b *broker.Broker, hosts Hosts, log *slog.Logger) *http.Server {
+	e := edge{b: b, log: log, hosts: hosts}
 	mux := e.mux(nil)
 	mux.Handle(logoutPath, logoutReceiver{e})
 	pace := rate.NewLimiter(logoutsASecond, logoutsAtOnce)
 	tell := rate.Sometimes{Interval: 10 * time.Second}
-	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	return e.tcp(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		if !pace.Allow() {
 			tell.Do(func() { log.Warn("too many logout tokens come at once; some are turned away unread") })
 			w.Header().Set("Cache-Control", "no-store")
@@ -38,7 +39,7 @@ func NewLogout(b *broker.Broker, log *slog.Logger) http.Handler {
 			return
 		}
 		mux.ServeHTTP(w, r)
-	})
+	}))
 }
 
 // A logoutReceiver answers with 200 or 400, as section 2.8 has it.
@@ -72,6 +73,9 @@ func (l logoutReceiver) hear(w http.ResponseWriter, r *http.Request) error {
 		return missing("logout_token")
 	}
 	_, err = l.b.ProviderLogout(r.Context(), broker.ProviderID(r.PathValue("provider")), broker.NewSecret(f.Get("logout_token")))
+	if err == nil {
+		trust(r.Context())
+	}
 	return err
 }
 

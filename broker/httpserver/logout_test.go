@@ -33,7 +33,7 @@ func comes(h http.Handler, r *http.Request) reply {
 func TestALogoutTokenIsAnsweredWithNothing(t *testing.T) {
 	s := newStack(t, setup{})
 	s.login()
-	h := httpserver.NewLogout(s.b, slog.New(slog.NewTextHandler(s.log, nil)))
+	h := httpserver.NewLogout(s.b, named, slog.New(slog.NewTextHandler(s.log, nil))).Handler
 	for range 2 { // it may come again
 		got := comes(h, newRequest(t, "POST", logoutPath, form, with(logoutForm("1"), "state", "x").Encode()))
 		if got.status != 200 || got.text != "" || got.header.Get("Cache-Control") != "no-store" {
@@ -51,7 +51,7 @@ func TestALogoutTokenIsAnsweredWithNothing(t *testing.T) {
 func TestWhatIsNoLogoutTokenIsAnsweredWith400(t *testing.T) {
 	s := newStack(t, setup{})
 	s.login()
-	h := httpserver.NewLogout(s.b, slog.New(slog.NewTextHandler(s.log, nil)))
+	h := httpserver.NewLogout(s.b, named, slog.New(slog.NewTextHandler(s.log, nil))).Handler
 	post := func(path, body string) *http.Request { return newRequest(t, "POST", path, form, body) }
 	browser := post(logoutPath, logoutForm("1").Encode())
 	browser.Header.Set("Origin", "https://evil.example")
@@ -90,7 +90,7 @@ func TestWhatIsNoLogoutTokenIsAnsweredWith400(t *testing.T) {
 
 func TestAFloodOfLogoutTokensIsTurnedAwayUnread(t *testing.T) {
 	s := newStack(t, setup{})
-	h := httpserver.NewLogout(s.b, slog.New(slog.NewTextHandler(s.log, nil)))
+	h := httpserver.NewLogout(s.b, named, slog.New(slog.NewTextHandler(s.log, nil))).Handler
 	unread := 0
 	for range 1500 {
 		got := comes(h, newRequest(t, "POST", logoutPath, form, "logout_token="+canary))
@@ -111,7 +111,7 @@ func TestAFloodOfLogoutTokensIsTurnedAwayUnread(t *testing.T) {
 
 func TestACrashAtALogoutTokenTellsNothing(t *testing.T) {
 	s := newStack(t, setup{})
-	h := httpserver.NewLogout(s.b, slog.New(slog.NewTextHandler(s.log, nil)))
+	h := httpserver.NewLogout(s.b, named, slog.New(slog.NewTextHandler(s.log, nil))).Handler
 	s.crash()
 	got := comes(h, newRequest(t, "POST", logoutPath, form, logoutForm("1").Encode()))
 	if got.status != 400 || !strings.Contains(got.text, `"server_error"`) || strings.Contains(got.text, crashSecret) {

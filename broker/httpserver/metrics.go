@@ -2,6 +2,7 @@ package httpserver
 
 import (
 	"context"
+	"log/slog"
 	"net/http"
 	"sync"
 	"time"
@@ -18,17 +19,25 @@ import (
 const statusAge = 10 * time.Second
 
 // NewMetrics answers Prometheus at /metrics. Nothing in it names a user, so it may be
-// read by anybody whom the listener lets in.
-func NewMetrics(b *broker.Broker) http.Handler {
+// read by anybody whom the listener, one of Bound's, lets in.
+func NewMetrics(b *broker.Broker, hosts Hosts, log *slog.Logger) *http.Server {
+	e := edge{b: b, log: log, hosts: hosts}
 	r := prometheus.NewRegistry()
 	r.MustRegister(
 		&metrics{b: b},
 		collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 	)
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(r, promhttp.HandlerOpts{MaxRequestsInFlight: 4}))
-	return mux
+	all := promhttp.HandlerFor(r, promhttp.HandlerOpts{MaxRequestsInFlight: 4})
+	mux := e.mux(nil)
+	mux.HandleFunc("/metrics", func(w http.ResponseWriter, r *http.Request) {
+		if err := e.mayAsk(w, r, http.MethodGet); err != nil {
+			e.fail(w, r, nil, "metrics", err)
+			return
+		}
+		all.ServeHTTP(w, r)
+	})
+	return e.tcp(mux)
 }
 
 // What there is. The names are an interface: dashboards and alarms use them.

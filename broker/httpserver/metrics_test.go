@@ -26,10 +26,12 @@ func TestMetricsSayHowTheBrokerDoesAndNameNobody(t *testing.T) {
 			t.Fatal("a token that no rule gives")
 		}
 	}
-	h := httpserver.NewMetrics(s.b)
+	h := httpserver.NewMetrics(s.b, httpserver.Hosts{}, quietLog()).Handler
 	read := func() string {
 		w := httptest.NewRecorder()
-		h.ServeHTTP(w, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+		r := httptest.NewRequest(http.MethodGet, "/metrics", nil)
+		r.Host = "127.0.0.1:9464"
+		h.ServeHTTP(w, r)
 		if w.Code != http.StatusOK {
 			t.Fatalf("%d: %s", w.Code, w.Body)
 		}

@@ -236,8 +236,8 @@ func TestATokenEndpointWithoutASocketWantsTheSecret(t *testing.T) {
 	const secret = "s3cret/with+signs="
 	s := newStack(t, setup{})
 	handle := s.login().Reveal()
-	open := httpserver.NewTokenEndpoint(s.b, "main", broker.NewSecret(secret), quietLog())
-	unset := httpserver.NewTokenEndpoint(s.b, "main", broker.Secret{}, quietLog())
+	open := httpserver.NewTokenEndpoint(s.b, "main", broker.NewSecret(secret), named, quietLog()).Handler
+	unset := httpserver.NewTokenEndpoint(s.b, "main", broker.Secret{}, named, quietLog()).Handler
 	basic := func(password string) *http.Request {
 		r := newRequest(t, "POST", endpoint, form, with(refreshForm(handle), "client_secret").Encode())
 		r.SetBasicAuth("jupyterhub", password)
@@ -281,12 +281,13 @@ func TestATokenEndpointWithoutASocketWantsTheSecret(t *testing.T) {
 
 func TestABrowserNeverReachesTheTokenEndpoint(t *testing.T) {
 	s := newStack(t, setup{})
-	h := httpserver.NewTokenEndpoint(s.b, "main", broker.NewSecret("x"), quietLog())
+	h := httpserver.NewTokenEndpoint(s.b, "main", broker.NewSecret("x"), named, quietLog()).Handler
 	r := newRequest(t, "POST", endpoint, form, with(codeForm("alice"), "client_secret", "x").Encode())
+	r.Host = "broker.example"
 	r.Header.Set("Origin", "https://evil.example")
 	w := httptest.NewRecorder()
 	h.ServeHTTP(w, r)
-	if w.Code != 400 || s.provider.Calls("login") != 0 {
+	if w.Code != 400 || !strings.Contains(w.Body.String(), "Origin") || s.provider.Calls("login") != 0 {
 		t.Errorf("a request with an Origin: %d %s", w.Code, w.Body)
 	}
 }

@@ -30,10 +30,8 @@ func check(c *Config, d *decoder, f files) {
 	k.names()
 	k.hubs()
 	k.logins()
-	for key, l := range map[string]*ListenConfig{"logout": c.Logout, "metrics": c.Metrics} {
-		if l != nil {
-			k.tcp(key, l.Address, &l.TLSCertFile, &l.TLSKeyFile)
-		}
+	for key, l := range c.listeners() {
+		k.tcp(key, l)
 	}
 	k.servers()
 	k.store()
@@ -116,7 +114,7 @@ func (k checker) hubs() {
 			k.hubAPI(key+".api", h.API)
 		}
 		if h.Listener != nil {
-			k.listener(key+".listener", h.Listener)
+			k.listenerSecret(key+".listener.client_secret_file", h.Listener)
 		}
 		k.c.Hubs[name] = h
 	}
@@ -142,32 +140,47 @@ func (k checker) hubAPI(key string, a *HubAPIConfig) {
 // longSecret is how many characters of base64 hold 256 random bits.
 const longSecret = 43
 
-func (k checker) listener(key string, l *ListenerConfig) {
-	l.ClientSecretFile = k.secret(key+".client_secret_file", l.ClientSecretFile, true)
+func (k checker) listenerSecret(key string, l *ListenerConfig) {
+	l.ClientSecretFile = k.secret(key, l.ClientSecretFile, true)
 	// A socket knows its peer; here a good guess would be the hub.
 	if s, err := readSecret(l.ClientSecretFile); err == nil && len(s.Reveal()) < longSecret {
-		k.add(key+".client_secret_file", "the secret in %s has fewer than %d characters and could be guessed: make one with openssl rand -base64 32",
+		k.add(key, "the secret in %s has fewer than %d characters and could be guessed: make one with openssl rand -base64 32",
 			l.ClientSecretFile, longSecret)
 	}
-	k.tcp(key, l.Address, &l.TLSCertFile, &l.TLSKeyFile)
 }
 
 // tcp notes what is wrong with where a TCP listener listens.
-func (k checker) tcp(key, address string, certFile, keyFile *string) {
-	host, _, err := net.SplitHostPort(address)
+func (k checker) tcp(key string, l *ListenConfig) {
+	host, _, err := net.SplitHostPort(l.Address)
 	if err != nil {
 		k.add(key+".address", "wants host:port")
 		host = ""
 	}
-	if *certFile == "" && *keyFile == "" {
+	for i, h := range l.Hosts {
+		if !hostName.MatchString(h) {
+			k.add(fmt.Sprintf("%s.hosts[%d]", key, i), "%q is not a name like hub.example.org: no port, no scheme, no path", h)
+		}
+	}
+	if l.TLSCertFile == "" && l.TLSKeyFile == "" {
 		if ip, _ := netip.ParseAddr(host); err == nil && host != "localhost" && !ip.IsLoopback() {
-			k.add(key+".address", "%s can be reached from elsewhere: give tls_cert_file and tls_key_file, or use 127.0.0.1", address)
+			k.add(key+".address", "%s can be reached from elsewhere: give tls_cert_file and tls_key_file, or use 127.0.0.1", l.Address)
 		}
 		return
 	}
-	*certFile = k.file(key+".tls_cert_file", *certFile)
-	*keyFile = k.secret(key+".tls_key_file", *keyFile, true)
+	l.TLSCertFile = k.file(key+".tls_cert_file", l.TLSCertFile)
+	l.TLSKeyFile = k.secret(key+".tls_key_file", l.TLSKeyFile, true)
+	if k.wrong(key) {
+		return
+	}
+	if cert, err := l.certificate(); err != nil {
+		k.add(key+".tls_cert_file", "%v", err)
+	} else if c := cert.Leaf; len(l.Hosts)+len(c.DNSNames)+len(c.IPAddresses) == 0 {
+		k.add(key+".tls_cert_file", "the certificate in %s names no host (subjectAltName), so that nobody could ask: use another, or give hosts", l.TLSCertFile)
+	}
 }
+
+// hostName is a DNS name or an IP address.
+var hostName = regexp.MustCompile(`^([A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*|[0-9A-Fa-f:.]+)$`)
 
 func (k checker) servers() {
 	s := k.c.Servers

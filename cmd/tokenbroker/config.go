@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -104,14 +105,22 @@ type HubAPIConfig struct {
 
 // ListenerConfig is a TCP token endpoint.
 type ListenerConfig struct {
-	// Address is host:port. Without TLS the host must be a loopback address.
-	Address string `yaml:"address,omitempty"`
-	// TLSCertFile and TLSKeyFile are the certificate chain and key, as PEM.
-	TLSCertFile string `yaml:"tls_cert_file,omitempty"`
-	TLSKeyFile  string `yaml:"tls_key_file,omitempty"`
+	ListenConfig `yaml:",inline"`
 	// ClientSecretFile holds what the hub must send as client_secret: at least 43
 	// characters, as `openssl rand -base64 32` makes them.
 	ClientSecretFile string `yaml:"client_secret_file,omitempty"`
+}
+
+// listeners returns the TCP listeners by their keys.
+func (c *Config) listeners() map[string]*ListenConfig {
+	all := map[string]*ListenConfig{"logout": c.Logout, "metrics": c.Metrics}
+	for name, h := range c.Hubs {
+		if h.Listener != nil {
+			all["hubs."+string(name)+".listener"] = &h.Listener.ListenConfig
+		}
+	}
+	maps.DeleteFunc(all, func(_ string, l *ListenConfig) bool { return l == nil })
+	return all
 }
 
 // ListenConfig is a TCP listener.
@@ -121,6 +130,10 @@ type ListenConfig struct {
 	// TLSCertFile and TLSKeyFile are the certificate chain and key, as PEM.
 	TLSCertFile string `yaml:"tls_cert_file,omitempty"`
 	TLSKeyFile  string `yaml:"tls_key_file,omitempty"`
+	// Hosts are further names under which it may be asked (header Host), without the
+	// port: what a proxy before it passes on. Requests for others are refused. Default:
+	// only the names in the certificate; without one, localhost and its addresses.
+	Hosts []string `yaml:"hosts,omitempty"`
 }
 
 // ServersConfig is about single-user servers.

@@ -1,8 +1,14 @@
 package main
 
 import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
 	"os"
 	"path/filepath"
 	"strings"
@@ -47,12 +53,39 @@ func site(t *testing.T, text string) string {
 	write(t, filepath.Join(dir, "secret"), "s3cret\n", 0o400)
 	write(t, filepath.Join(dir, "long-secret"), strings.Repeat("x", 43)+"\n", 0o400)
 	write(t, filepath.Join(dir, "wrong-kek"), "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=\n", 0o400)
+	certificate(t, filepath.Join(dir, "cert"), time.Now().Add(time.Hour), "hub.example.org")
+	certificate(t, filepath.Join(dir, "nameless"), time.Now().Add(time.Hour))
 	if err := seal.Create(filepath.Join(dir, "keyset.json"), filepath.Join(dir, "kek")); err != nil {
 		t.Fatal(err)
 	}
 	path := filepath.Join(dir, "tokenbroker.yaml")
 	write(t, path, text, 0o644)
 	return path
+}
+
+// certificate writes one for names, as path.pem and path-key.pem, and returns it.
+func certificate(t *testing.T, path string, until time.Time, names ...string) *x509.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: until, DNSNames: names, IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	secret, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, path+".pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})), 0o644)
+	write(t, path+"-key.pem", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: secret})), 0o400)
+	c, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
 }
 
 func write(t *testing.T, path, text string, mode os.FileMode) {
@@ -244,6 +277,14 @@ func TestMistakes(t *testing.T) {
 		{"a logout listener nowhere", minimal + "logout: {}\n", "logout.address: wants host:port"},
 		{"a logout listener's certificate without its key", minimal + "logout: {address: 'a:1', tls_cert_file: secret}\n", "logout.tls_key_file: is missing"},
 		{"a logout listener with a secret", minimal + "logout: {address: '[::1]:1', client_secret_file: secret}\n", "logout.client_secret_file: unknown key"},
+		{"names of a listener", minimal + "logout: {address: '127.0.0.1:1', hosts: [hub.example.org, Hub, 192.0.2.7, '2001:db8::1', host_1.docker.internal]}\n", ""},
+		{"a listener's name with a port", minimal + "hubs: {main: {listener: {address: '127.0.0.1:1', client_secret_file: long-secret, hosts: [a, 'hub.example.org:443']}}}\n", `line 10: hubs.main.listener.hosts[1]: "hub.example.org:443" is not a name like hub.example.org: no port, no scheme, no path`},
+		{"a listener's name that is a URL", minimal + "metrics: {address: '127.0.0.1:1', hosts: ['https://hub.example.org']}\n", `metrics.hosts[0]: "https://hub.example.org" is not a name`},
+		{"any name of a listener", minimal + "metrics: {address: '127.0.0.1:1', hosts: ['*']}\n", `metrics.hosts[0]: "*" is not a name`},
+		{"a listener with a certificate", minimal + "logout: {address: '0.0.0.0:1', tls_cert_file: cert.pem, tls_key_file: cert-key.pem}\n", ""},
+		{"a certificate that is none", minimal + "logout: {address: 'a:1', tls_cert_file: secret, tls_key_file: secret}\n", "line 10: logout.tls_cert_file: tls: failed to find any PEM data in certificate input"},
+		{"a certificate that names no host", minimal + "logout: {address: 'a:1', tls_cert_file: nameless.pem, tls_key_file: nameless-key.pem}\n", "line 10: logout.tls_cert_file: the certificate in DIR/nameless.pem names no host (subjectAltName), so that nobody could ask"},
+		{"a certificate that names no host, and names", minimal + "logout: {address: 'a:1', tls_cert_file: nameless.pem, tls_key_file: nameless-key.pem, hosts: [a]}\n", ""},
 		{"a logout that keeps", strings.Replace(minimal, "client_id:", "on_logout: keep\n    client_id:", 1), `providers.keycloak.on_logout: there is no "keep"; there are ignore, stop_issuing and revoke`},
 		{"a logout that ignores", strings.Replace(minimal, "client_id:", "on_logout: ignore\n    client_id:", 1), ""},
 		{"an audit beside nothing", minimal + "audit: {file: audit.log}\n", "audit.file: wants an absolute path"},

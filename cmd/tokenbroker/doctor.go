@@ -85,7 +85,7 @@ func examine(ctx context.Context, cfg *Config) []finding {
 	defer cancel()
 	checks := []func(context.Context, *Config) []finding{
 		func(context.Context, *Config) []finding { return []finding{{"configuration", "ok", "no mistakes"}} },
-		checkKeys, checkStore, checkAttestation, checkServers, checkHelper, checkProviders, checkBroker,
+		checkKeys, checkStore, checkAttestation, checkServers, checkHelper, checkListeners, checkProviders, checkBroker,
 	}
 	results := make([][]finding, len(checks))
 	var asked sync.WaitGroup
@@ -184,6 +184,21 @@ func checkStatic(path string) error {
 		return fmt.Errorf("%s is not static: build it with CGO_ENABLED=0", path)
 	}
 	return nil
+}
+
+// checkListeners says under which names the TCP listeners are asked.
+func checkListeners(_ context.Context, cfg *Config) []finding {
+	var all []finding
+	listeners := cfg.listeners()
+	for _, key := range slices.Sorted(maps.Keys(listeners)) {
+		l := listeners[key]
+		cert, err := l.certificate()
+		if err == nil && cert != nil && time.Now().After(cert.Leaf.NotAfter) {
+			err = fmt.Errorf("the certificate in %s ended on %s", l.TLSCertFile, cert.Leaf.NotAfter.Format(time.DateOnly))
+		}
+		all = append(all, found(key, fmt.Sprintf("%s may be asked as %s", l.Address, l.hosts(cert)), err))
+	}
+	return all
 }
 
 func checkProviders(ctx context.Context, cfg *Config) []finding {

@@ -62,10 +62,10 @@ func openDoors(cfg *Config, b *broker.Broker, servers *peersocket.Servers, log *
 			return nil, err
 		}
 	}
-	if err := d.listen(cfg.Logout, httpserver.NewLogout(b, log)); err != nil {
+	if err := d.listen(cfg.Logout, func(h httpserver.Hosts) *http.Server { return httpserver.NewLogout(b, h, log) }); err != nil {
 		return nil, fmt.Errorf("logout: %w", err)
 	}
-	if err := d.listen(cfg.Metrics, httpserver.NewMetrics(b)); err != nil {
+	if err := d.listen(cfg.Metrics, func(h httpserver.Hosts) *http.Server { return httpserver.NewMetrics(b, h, log) }); err != nil {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
 	admin, err := peersocket.ListenAdmin(cfg.Admin.Socket, log)
@@ -109,8 +109,9 @@ func (d *doors) openHub(cfg *Config, name broker.HubID, b *broker.Broker, log *s
 	}
 	secret, err := readSecret(h.Listener.ClientSecretFile)
 	if err == nil {
-		to := httpserver.NewTokenEndpoint(b, name, secret, log)
-		err = d.listenTCP(h.Listener.Address, h.Listener.TLSCertFile, h.Listener.TLSKeyFile, to)
+		err = d.listen(&h.Listener.ListenConfig, func(hosts httpserver.Hosts) *http.Server {
+			return httpserver.NewTokenEndpoint(b, name, secret, hosts, log)
+		})
 	}
 	if err != nil {
 		return fmt.Errorf("hubs.%s.listener: %w", name, err)
@@ -118,40 +119,44 @@ func (d *doors) openHub(cfg *Config, name broker.HubID, b *broker.Broker, log *s
 	return nil
 }
 
-// listen has a handler answer at a listener, if there is one.
-func (d *doors) listen(at *ListenConfig, to http.Handler) error {
+// listen has a server answer those who have no socket of ours, if it is configured.
+func (d *doors) listen(at *ListenConfig, server func(httpserver.Hosts) *http.Server) error {
 	if at == nil {
 		return nil
 	}
-	return d.listenTCP(at.Address, at.TLSCertFile, at.TLSKeyFile, to)
-}
-
-// listenTCP has a handler answer those who have no socket of ours.
-func (d *doors) listenTCP(address, certFile, keyFile string, to http.Handler) (err error) {
-	var cert tls.Certificate
-	if certFile != "" {
-		if cert, err = tls.LoadX509KeyPair(certFile, keyFile); err != nil {
-			return err
-		}
+	cert, err := at.certificate()
+	if err != nil {
+		return err
 	}
-	l, err := net.Listen("tcp", address)
+	l, err := net.Listen("tcp", at.Address)
 	if err != nil {
 		return err
 	}
 	d.listeners = append(d.listeners, l)
-	if certFile != "" {
-		l = tls.NewListener(l, &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{cert}})
+	l = httpserver.Bound(l, d.log)
+	if cert != nil {
+		l = tls.NewListener(l, &tls.Config{MinVersion: tls.VersionTLS12, Certificates: []tls.Certificate{*cert}})
 	}
-	d.http = append(d.http, serving[*http.Server]{&http.Server{
-		Handler:           to,
-		ReadHeaderTimeout: 5 * time.Second,
-		ReadTimeout:       15 * time.Second,
-		WriteTimeout:      2 * time.Minute,
-		IdleTimeout:       5 * time.Minute,
-		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(d.log.Handler(), slog.LevelDebug),
-	}, l})
+	d.http = append(d.http, serving[*http.Server]{server(at.hosts(cert)), l})
 	return nil
+}
+
+// certificate is what a listener shows, or nil if it speaks no TLS.
+func (c *ListenConfig) certificate() (*tls.Certificate, error) {
+	if c.TLSCertFile == "" {
+		return nil, nil
+	}
+	cert, err := tls.LoadX509KeyPair(c.TLSCertFile, c.TLSKeyFile)
+	return &cert, err
+}
+
+// hosts are the names that a listener has with its certificate, if there is one.
+func (c *ListenConfig) hosts(cert *tls.Certificate) httpserver.Hosts {
+	h := httpserver.Hosts{Further: c.Hosts}
+	if cert != nil {
+		h.Certificate = cert.Leaf
+	}
+	return h
 }
 
 // A hubFile tells the hub's Python half what it need not be told twice.

@@ -5,6 +5,9 @@ package main
 import (
 	"bytes"
 	"compress/gzip"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"io"
 	"log/slog"
 	"net"
@@ -18,6 +21,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+
+	"tokenbroker/broker"
 	"tokenbroker/broker/devidp"
 )
 
@@ -94,7 +100,7 @@ func TestTheListenerWantsItsSecret(t *testing.T) {
 		secret := filepath.Join(filepath.Dir(c.Keys.KEKFile), "hub-secret")
 		write(t, secret, hubSecret, 0o400)
 		h := c.Hubs["main"]
-		h.Listener = &ListenerConfig{Address: address, ClientSecretFile: secret}
+		h.Listener = &ListenerConfig{ListenConfig{Address: address}, secret}
 		c.Hubs["main"] = h
 	})
 	code, verifier, err := devidp.CodeFor(t.Context(), w.idp.issuer, "jupyterhub", hubCallback, "alice", "openid", "storage")
@@ -116,6 +122,53 @@ func TestTheListenerWantsItsSecret(t *testing.T) {
 		resp.Body.Close()
 		if !strings.Contains(string(text), tt.want) {
 			t.Errorf("with secret %q: got %s, want %s", tt.secret, text, tt.want)
+		}
+	}
+}
+
+// With TLS the names are those of the certificate; without, a proxy's are configured.
+func TestListenersAreAskedUnderTheirNames(t *testing.T) {
+	secure, proxied := freeAddress(t), freeAddress(t)
+	cert := filepath.Join(t.TempDir(), "cert")
+	trusted := x509.NewCertPool()
+	trusted.AddCert(certificate(t, cert, time.Now().Add(time.Hour), "broker.example"))
+	newTestWorld(t, func(c *Config) {
+		c.Metrics = &ListenConfig{Address: secure, TLSCertFile: cert + ".pem", TLSKeyFile: cert + "-key.pem"}
+		c.Logout = &ListenConfig{Address: proxied, Hosts: []string{"hub.example.org"}}
+	})
+	tr := &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "tcp", secure)
+		},
+		TLSClientConfig:   &tls.Config{RootCAs: trusted, ServerName: "broker.example"},
+		ForceAttemptHTTP2: true,
+	}
+	defer tr.CloseIdleConnections()
+	overTLS, plain := &http.Client{Transport: tr}, http.DefaultClient
+	for _, tt := range []struct {
+		client    *http.Client
+		url, host string
+		status    int
+	}{
+		{overTLS, "https://broker.example/metrics", "", 200},
+		{overTLS, "https://broker.example/metrics", "localhost", 400},
+		{plain, "http://" + proxied + "/", "hub.example.org", 404},
+		{plain, "http://" + proxied + "/", "", 404},
+		{plain, "http://" + proxied + "/", "evil.example", 400},
+	} {
+		r, err := http.NewRequest(http.MethodGet, tt.url, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.Host = tt.host
+		resp, err := tt.client.Do(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		text, _ := io.ReadAll(resp.Body)
+		resp.Body.Close()
+		if resp.StatusCode != tt.status || resp.ProtoMajor != 1 || tt.status == 400 && !strings.Contains(string(text), "hosts") {
+			t.Errorf("%s as %q: %s %d %s, want %d", tt.url, tt.host, resp.Proto, resp.StatusCode, text, tt.status)
 		}
 	}
 }
@@ -305,6 +358,29 @@ func TestAHelperThatImagesCanNotRunIsFound(t *testing.T) {
 	got = checkHelper(t.Context(), &Config{Helper: script})
 	if got[0].Result != "FAILS" || !strings.Contains(got[0].Detail, "chmod 0755") {
 		t.Errorf("a closed one: %+v", got)
+	}
+}
+
+func TestDoctorSaysUnderWhichNamesTheListenersAreAsked(t *testing.T) {
+	dir := t.TempDir()
+	certificate(t, dir+"/new", time.Now().Add(time.Hour), "hub.example.org")
+	certificate(t, dir+"/old", time.Date(2026, 1, 2, 0, 0, 0, 0, time.UTC), "hub.example.org")
+	with := func(cert string) ListenConfig {
+		return ListenConfig{Address: "0.0.0.0:9444", TLSCertFile: dir + cert + ".pem", TLSKeyFile: dir + cert + "-key.pem", Hosts: []string{"a"}}
+	}
+	old := with("/old")
+	got := checkListeners(t.Context(), &Config{
+		Hubs:    map[broker.HubID]HubConfig{"main": {Listener: &ListenerConfig{ListenConfig: with("/new")}}, "other": {}},
+		Logout:  &old,
+		Metrics: &ListenConfig{Address: "127.0.0.1:9464"},
+	})
+	want := []finding{
+		{"hubs.main.listener", "ok", "0.0.0.0:9444 may be asked as hub.example.org, a"},
+		{"logout", "FAILS", "the certificate in " + dir + "/old.pem ended on 2026-01-02"},
+		{"metrics", "ok", "127.0.0.1:9464 may be asked as localhost, its addresses"},
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("checkListeners (-want +got):\n%s", diff)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"reflect"
 	"slices"
 	"strconv"
@@ -182,11 +183,7 @@ func (d *decoder) scalar(n *yaml.Node, key string, v reflect.Value) {
 
 // structure fills a struct by the yaml tags of its fields.
 func (d *decoder) structure(n *yaml.Node, key string, v reflect.Value) {
-	fields := map[string]reflect.Value{}
-	for i := range v.NumField() {
-		name, _, _ := strings.Cut(v.Type().Field(i).Tag.Get("yaml"), ",")
-		fields[name] = v.Field(i)
-	}
+	fields := fieldsOf(v)
 	d.pairs(n, key, v.Type(), func(k, val *yaml.Node, sub string) {
 		f, ok := fields[k.Value]
 		if !ok {
@@ -195,6 +192,20 @@ func (d *decoder) structure(n *yaml.Node, key string, v reflect.Value) {
 		}
 		d.value(val, sub, f)
 	})
+}
+
+// fieldsOf returns the fields of a struct by their keys.
+func fieldsOf(v reflect.Value) map[string]reflect.Value {
+	fields := map[string]reflect.Value{}
+	for i := range v.NumField() {
+		name, option, _ := strings.Cut(v.Type().Field(i).Tag.Get("yaml"), ",")
+		if option == "inline" {
+			maps.Copy(fields, fieldsOf(v.Field(i)))
+			continue
+		}
+		fields[name] = v.Field(i)
+	}
+	return fields
 }
 
 // unknown notes a key that means nothing here.
