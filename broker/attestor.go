@@ -33,9 +33,10 @@ type Attestor interface {
 	// Watch calls changed with the name of each container that something has
 	// happened to, until ctx is done. A call is a hint to look, never a fact;
 	// hints may repeat. An empty name says that hints may have been lost, so
-	// look at all. It calls ran with each command that was run in a container from
-	// outside, as far as it hears of it. Watch reconnects by itself.
-	Watch(ctx context.Context, changed func(container string), ran func(Exec)) error
+	// look at all. It calls ran once with each command that was run in a container from
+	// outside after since, as far as it hears of it, and with each that it finds
+	// running from before; a zero since is now. Watch reconnects by itself.
+	Watch(ctx context.Context, since time.Time, changed func(container string), ran func(Exec)) error
 
 	// Check says whether the engine can be asked. The string is the best level
 	// of attestation this host gives: pidfd+ns, pidfd, proc or uid. ErrDenied

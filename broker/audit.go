@@ -177,6 +177,9 @@ type Exec struct {
 	Name      string // of the container
 	Command   string // the program's name, without arguments, which may be secrets
 	Alike     string // the same for equal command lines; not written down
+
+	// Afterwards says why it was not told of when it began; empty: it was.
+	Afterwards string
 }
 
 // ran records a command in the container of a registered server. Health checks,
@@ -189,10 +192,14 @@ func (b *Broker) ran(x Exec) {
 		return
 	}
 	e := b.serverEntry("exec", s)
-	e.Container, e.Command = x.Container, x.Command
+	e.Container, e.Command, e.Reason = x.Container, x.Command, x.Afterwards
 	e.Outcome, e.Time = "done", b.pulse.now()
 	who := asker{action: e.Action, hub: e.Hub, user: e.User, server: e.Server, command: x.Command}
-	b.observe(e, kind{asker: who, detail: x.Container + x.Alike}, execsWithin)
+	detail := x.Container + x.Alike
+	if x.Afterwards != "" {
+		detail += "afterwards" // has a line of its own
+	}
+	b.observe(e, kind{asker: who, detail: detail}, execsWithin)
 }
 
 // life records that this broker begins or ends.

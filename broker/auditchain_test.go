@@ -428,11 +428,17 @@ func TestDockerExecIsInTheAudit(t *testing.T) {
 		r.attestor.Exec(broker.Exec{Container: id, Name: "jupyter-alice", Command: "sh", Alike: "2"})
 		r.attestor.Exec(broker.Exec{Container: "else", Name: "postgres", Command: "psql", Alike: "3"})
 		all := r.audit.entries(t, "exec")
-		if len(all) != 2 || all[0].Container != id || all[0].User != "alice" || all[0].Command != "sh" || all[1].Command != "sh" || all[1].Count != 0 {
+		late := broker.Exec{Container: id, Name: "jupyter-alice", Command: "sh", Alike: "1", Afterwards: "it was found running"}
+		r.attestor.Exec(late)
+		r.attestor.Exec(late)
+		if got := r.audit.entries(t, "exec"); len(got) != 3 || got[2].Reason != late.Afterwards || got[2].Container != id || got[2].User != "alice" {
+			t.Errorf("of one that began unseen: got %+v", got)
+		}
+		if len(all) != 2 || all[0].Reason != "" || all[0].Container != id || all[0].User != "alice" || all[0].Command != "sh" || all[1].Command != "sh" || all[1].Count != 0 {
 			t.Errorf("got %+v", all)
 		}
 		time.Sleep(61 * time.Minute)
-		if all = r.audit.entries(t, "exec")[2:]; len(all) != 1 || all[0].Count != 999 || all[0].Container != id || all[0].Command != "sh" {
+		if all = r.audit.entries(t, "exec")[3:]; len(all) != 2 || all[0].Count != 999 || all[0].Container != id || all[0].Command != "sh" {
 			t.Errorf("got %+v", all)
 		}
 	})
@@ -457,6 +463,27 @@ func TestAnAdministratorWhoLooksAgainAndAgainIsCounted(t *testing.T) {
 		}
 		if s := r.Status(context.Background()); !s.Store.OK {
 			t.Errorf("status: %+v", s)
+		}
+	})
+}
+
+// Docker is asked for what it remembers of commands since the last line, by its own
+// clock: the store's, by which lines are dated, may be another.
+func TestCommandsAreAskedForSinceTheLastLine(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		if got := r.attestor.Since(); !got.IsZero() {
+			t.Errorf("a first broker asks for commands since %v", got)
+		}
+		r.store.Advance(time.Hour)
+		time.Sleep(time.Minute) // it is noticed
+		r.Close()
+		stop := r.audit.entries(t, "stop")
+		r.cfg.AuditHead = broker.AuditHead{Time: stop[0].Time}
+		want := time.Now()
+		time.Sleep(10 * time.Minute)
+		r.start()
+		if got := r.attestor.Since().Sub(want); got.Abs() > time.Second {
+			t.Errorf("commands are asked for from %v after the last line on", got)
 		}
 	})
 }

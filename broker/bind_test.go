@@ -101,12 +101,18 @@ func TestANeighbourThatCouldForgeLowersTheLevel(t *testing.T) {
 		r.token(p, broker.Want{})
 		r.attestor.Forge("the container cadvisor could forge proofs")
 		said := r.refused(p, broker.Want{}, broker.ErrDenied)
-		if want := "needs attestation pidfd+ns or better; this server has pidfd"; !strings.Contains(said.Sentence, want) {
+		if want := "needs attestation pidfd+ns or better; this server has pidfd, because of a container that runs on its host"; !strings.Contains(said.Sentence, want) {
 			t.Errorf("said %q, want …%s", said.Sentence, want)
 		}
+		if told := said.Sentence + said.Next; strings.Contains(told, "cadvisor") || said.Next != "ask it@lab.example: the broker's log names that container" {
+			t.Errorf("the user is told %q", told)
+		}
 		lines := r.audit.entries(t, "token")
-		if got := lines[len(lines)-1].Level; got != "pidfd" {
-			t.Errorf("the audit says level %q, want pidfd", got)
+		if got := lines[len(lines)-1]; got.Level != "pidfd" || !strings.HasSuffix(got.Reason, "on its host: the container cadvisor could forge proofs") {
+			t.Errorf("the audit says level %q, %q", got.Level, got.Reason)
+		}
+		if log := r.log.String(); !strings.Contains(log, "cadvisor could forge proofs") {
+			t.Errorf("log: %s", log)
 		}
 		if got := r.Status(context.Background()).Attestation; !got.OK || got.Detail != "pidfd, not pidfd+ns: the container cadvisor could forge proofs" {
 			t.Errorf("Status: got %+v", got)

@@ -93,7 +93,8 @@ type Broker struct {
 	left    chan struct{} // closed by EndWatches
 	closing chan struct{} // closed by Close
 	work    crew
-	stop    context.CancelFunc // ends Watch, the recheck and what listens
+	stop    context.CancelFunc // ends the recheck and what listens
+	unwatch func()             // ends the Attestor's Watch
 }
 
 // known is a provider with what is known of it without asking, which no request
@@ -118,6 +119,7 @@ func New(cfg Config) (*Broker, error) {
 		left:      make(chan struct{}),
 		closing:   make(chan struct{}),
 		stop:      func() {},
+		unwatch:   func() {},
 	}
 	for _, p := range cfg.Providers {
 		info := p.Info()
@@ -187,16 +189,13 @@ func (b *Broker) Start(ctx context.Context) error {
 	if err := b.restore(ctx); err != nil {
 		return err
 	}
+	lastLine := b.unrecorded()
 	b.life("start")
 	keys := b.cfg.Keys.Keys()
 	b.say(ctx, keys, primaries(keys)) // before anything is sealed for somebody
 	watch, stop := context.WithCancel(context.WithoutCancel(ctx))
 	b.stop = stop
-	b.work.Go(func() {
-		if err := b.cfg.Attestor.Watch(watch, b.hint, b.ran); err != nil && watch.Err() == nil {
-			b.cfg.Log.Error("containers are no longer watched", "err", err)
-		}
-	})
+	b.hear(context.WithoutCancel(ctx), lastLine)
 	b.work.Go(func() { _ = b.cfg.Store.Listen(watch, b.heard) })
 	b.work.Go(func() { b.pulse.follow(watch) })
 	b.work.Go(func() { every(watch, scaled(settleEvery), b.settle) })
@@ -218,6 +217,33 @@ func (b *Broker) Start(ctx context.Context) error {
 	b.work.Go(func() { b.finish(watch, brokenOff) })
 	b.hint("")
 	return nil
+}
+
+// unrecorded is since when nothing was recorded of commands in containers, by this
+// host's clock, which Docker's is; zero: nothing ever was. A broker that runs records
+// what it hears of, and whatever it records is later.
+func (b *Broker) unrecorded() time.Time {
+	last := b.cfg.AuditHead.Time
+	if last.IsZero() {
+		return last
+	}
+	return time.Now().Add(-b.pulse.now().Sub(last))
+}
+
+// hear follows what happens to containers, until unwatch is called.
+func (b *Broker) hear(ctx context.Context, since time.Time) {
+	ctx, stop := context.WithCancel(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if err := b.cfg.Attestor.Watch(ctx, since, b.hint, b.ran); err != nil && ctx.Err() == nil {
+			b.cfg.Log.Error("containers are no longer watched", "err", err)
+		}
+	}()
+	b.unwatch = func() {
+		stop()
+		<-ended
+	}
 }
 
 // EndWatches ends the open Watches, and those that begin later. Whoever waits for
@@ -242,6 +268,8 @@ func (b *Broker) Close() {
 	b.looks.wait()
 	b.pulse.reads.wait()
 	b.settler.calls.wait()
+	b.unwatch()   // as late as can be: what is run in containers meanwhile is recorded
+	b.work.wait() // for what its last hint began
 	if err := b.audit.tally(b.pulse.now(), true); err != nil {
 		b.cfg.Log.Error("the audit can't be written; what was refused repeatedly of late is not counted in it", "err", err)
 	}

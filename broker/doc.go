@@ -110,6 +110,7 @@
 //	memory, pulse        revision and time of the store          250 ms; a note of a move       the host's clock is used instead
 //	disk, journal        grant → counters, roles, sealed Grant   the store has it for sure      two processes write it
 //	memory, neighbours   container → what it could forge by      something happens to it        it ran before the first bind and is not in it
+//	memory, execs        container, command in it → it was told of  it has ended               its number alone, which an image can set, silences an event
 //	memory, audit        kind of refusal, look or docker exec → how many  1 min; docker exec: 1 h  a token is among them
 //	memory, metrics      what the parts say of themselves        10 s                           a decision rests on it
 //	disk, audit-head     the audit's last line                 the next line                  two brokers write it

@@ -140,7 +140,8 @@ func (b *Broker) facts(v *view, s *server, wanted ProviderID) Facts {
 	f := Facts{Server: s.Key, Roles: v.roles(wanted), Groups: v.groups, Shared: s.Shared}
 	if s.workload != nil {
 		f.Image = s.workload.Image
-		f.Level, _ = b.cfg.Attestor.Worth(s.workload.Level)
+		f.Proved = s.workload.Level
+		f.Level, f.Lowered = b.cfg.Attestor.Worth(f.Proved)
 	}
 	return f
 }

@@ -2,6 +2,7 @@ package broker
 
 import (
 	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -52,6 +53,9 @@ type Facts struct {
 	Groups []string // at the hub
 	Shared bool     // somebody else may open the server
 	Level  string   // of attestation
+	// Proved is what Level would be if nobody on the host could forge proofs, and
+	// Lowered who can, for operators; empty: nobody.
+	Proved, Lowered string
 }
 
 // A Decision is policy's answer: the most that the token may be.
@@ -178,9 +182,14 @@ func noGroup(r *Rule, f Facts, what string) *Error {
 	return Errorf(Denied, "%s needs one of the hub's groups %s; you are in %s", what, list(r.Groups), list(sorted(f.Groups)))
 }
 
+// lowLevel names no neighbour to the user: it may be another user's server.
 func lowLevel(r *Rule, f Facts, what string) *Error {
-	return Errorf(Denied, "%s needs attestation %s or better; this server has %s", what, r.RequireAttestation, cmp.Or(f.Level, "none")).
-		Hint("ask {contact}: the host of this server must prove more about who calls")
+	says := fmt.Sprintf("%s needs attestation %s or better; this server has %s", what, r.RequireAttestation, cmp.Or(f.Level, "none"))
+	if f.Lowered != "" && reaches(f.Proved, r.RequireAttestation) {
+		return Errorf(Denied, "%s, because of a container that runs on its host", says).
+			Hint("ask {contact}: the broker's log names that container").Because(errors.New(f.Lowered))
+	}
+	return Errorf(Denied, "%s", says).Hint("ask {contact}: the host of this server must prove more about who calls")
 }
 
 func isShared(*Rule, Facts, string) *Error {

@@ -19,6 +19,7 @@
 //
 // What a container must not have is one table, posture.go. Containers that could
 // forge all of this, whoever's they are, are looked for in neighbours_linux.go.
+// What is run in containers from outside, seen or found, is in execs_linux.go.
 //
 // The build tag nopidfd leaves out what kernels before 6.5 lack (SO_PEERPIDFD,
 // PIDFD_GET_INFO), so that the same tests hold there:

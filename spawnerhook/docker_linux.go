@@ -33,6 +33,7 @@ type Docker struct {
 
 	watchers sync.WaitGroup // one goroutine for each of inits
 	around   neighbours
+	execs    execs
 
 	mu     sync.Mutex // guards the two below
 	inits  map[instance]*initProcess
@@ -99,13 +100,13 @@ func (d *Docker) Close() error {
 // Check implements broker.Attestor. Besides an engine that doesn't answer it
 // refuses, by name, what this attestor knows no proof for.
 func (d *Docker) Check(ctx context.Context) (string, error) {
-	info, err := d.engine.info(ctx)
+	info, podman, err := d.engine.info(ctx)
 	switch {
 	case errors.Is(err, errTooOld):
 		return "", broker.Errorf(broker.Denied, "%s", err)
 	case err != nil:
 		return "", unavailable(err)
-	case info.podman:
+	case podman:
 		return "", broker.Errorf(broker.Denied, "this is Podman, which is not supported: use Docker 20.10 or newer")
 	case info.rootless:
 		return "", broker.Errorf(broker.Denied, "this Docker runs rootless, which is not supported: use a rootful one")

@@ -5,6 +5,7 @@ package spawnerhook
 import (
 	"context"
 	"errors"
+	"time"
 
 	"tokenbroker/broker"
 )
@@ -29,7 +30,7 @@ func (*Docker) Attest(*broker.Peer, *broker.Workload) error { return errNotLinux
 func (*Docker) Alive(*broker.Peer) error { return errNotLinux }
 
 // Watch implements broker.Attestor.
-func (*Docker) Watch(context.Context, func(container string), func(broker.Exec)) error {
+func (*Docker) Watch(context.Context, time.Time, func(container string), func(broker.Exec)) error {
 	return errNotLinux
 }
 

@@ -3,8 +3,12 @@ package spawnerhook
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"net/http"
 	"path"
 	"strconv"
 	"strings"
@@ -28,9 +32,15 @@ const engineTimeout = 10 * time.Second
 // arguments of docker exec are full of secrets.
 type engine struct {
 	socket string
-	// api is nil until the API version was agreed on. The client negotiates once
+	// now is nil until the API version was agreed on. The client negotiates once
 	// and not safely beside requests, so each connect makes a new one.
-	api atomic.Pointer[client.Client]
+	now atomic.Pointer[session]
+}
+
+// A session is an engine as it was when we connected; it may come back as another.
+type session struct {
+	api *client.Client
+	engineInfo
 }
 
 // A containerState is what Docker says of a container.
@@ -38,14 +48,36 @@ type containerState struct {
 	ID, Name, Image string
 	PID             int32
 	StartedAt       time.Time
-	Running         bool // and neither paused, restarting nor on its way out
+	Running         bool     // and neither paused, restarting nor on its way out
+	Execs           []string // IDs of what was begun in it from outside and has not ended
 
 	posture
 }
 
 // An engineInfo is what Docker says of itself.
 type engineInfo struct {
-	podman, rootless, userns bool
+	rootless, userns bool
+	// noSeccomp: it can't confine a container by seccomp. seccompOff: it does so only
+	// if the container's own options say how.
+	noSeccomp, seccompOff bool
+}
+
+// infoOf reads security options, such as "name=seccomp,profile=default". Profiles
+// are "default" or "builtin", "unconfined", or a file, which is the site's to judge.
+func infoOf(options []string) engineInfo {
+	info := engineInfo{noSeccomp: true}
+	for _, option := range options {
+		name, rest, _ := strings.Cut(option, ",")
+		switch name {
+		case "name=rootless":
+			info.rootless = true
+		case "name=userns":
+			info.userns = true
+		case "name=seccomp":
+			info.noSeccomp, info.seccompOff = false, rest == "profile=unconfined"
+		}
+	}
+	return info
 }
 
 // oldestAPI is that of Docker 20.10.
@@ -66,9 +98,9 @@ var errNoContainer = errors.New("there is no such container")
 // errOddAnswer: Docker answers, but not with what a container has.
 var errOddAnswer = errors.New("docker's answer can't be used")
 
-// connect agrees on an API version, again if it was agreed before: the engine may
-// be another one than yesterday.
-func (e *engine) connect(ctx context.Context) (*client.Client, error) {
+// connect agrees on an API version and asks the engine about itself, again if that
+// was done before: the engine may be another one than yesterday.
+func (e *engine) connect(ctx context.Context) (*session, error) {
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
 	// Never client.FromEnv: nobody's DOCKER_HOST decides whom a broker believes.
@@ -86,71 +118,69 @@ func (e *engine) connect(ctx context.Context) (*client.Client, error) {
 		api.Close()
 		return nil, err
 	}
-	if old := e.api.Swap(api); old != nil {
-		old.Close() // only idle connections; a request under way ends normally
+	i, err := api.Info(ctx, client.InfoOptions{})
+	if err != nil {
+		api.Close()
+		return nil, fmt.Errorf("ask Docker about itself: %w", err)
 	}
-	return api, nil
+	s := &session{api, infoOf(i.Info.SecurityOptions)}
+	if old := e.now.Swap(s); old != nil {
+		old.api.Close() // only idle connections; a request under way ends normally
+	}
+	return s, nil
 }
 
 // connected is connect where that has not been done yet.
-func (e *engine) connected(ctx context.Context) (*client.Client, error) {
-	if api := e.api.Load(); api != nil {
-		return api, nil
+func (e *engine) connected(ctx context.Context) (*session, error) {
+	if s := e.now.Load(); s != nil {
+		return s, nil
 	}
 	return e.connect(ctx)
 }
 
 func (e *engine) close() {
-	if api := e.api.Swap(nil); api != nil {
-		api.Close()
+	if s := e.now.Swap(nil); s != nil {
+		s.api.Close()
 	}
 }
 
 // info asks what kind of engine this is.
-func (e *engine) info(ctx context.Context) (engineInfo, error) {
-	api, err := e.connect(ctx)
+func (e *engine) info(ctx context.Context) (info engineInfo, podman bool, err error) {
+	s, err := e.connect(ctx)
 	if err != nil {
-		return engineInfo{}, err
+		return engineInfo{}, false, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
-	v, err := api.ServerVersion(ctx, client.ServerVersionOptions{})
+	v, err := s.api.ServerVersion(ctx, client.ServerVersionOptions{})
 	if err != nil {
-		return engineInfo{}, fmt.Errorf("ask Docker for its version: %w", err)
+		return engineInfo{}, false, fmt.Errorf("ask Docker for its version: %w", err)
 	}
-	i, err := api.Info(ctx, client.InfoOptions{})
-	if err != nil {
-		return engineInfo{}, fmt.Errorf("ask Docker about itself: %w", err)
-	}
-	var info engineInfo
 	for _, c := range v.Components {
-		info.podman = info.podman || strings.Contains(strings.ToLower(c.Name), "podman")
+		podman = podman || strings.Contains(strings.ToLower(c.Name), "podman")
 	}
-	for _, option := range i.Info.SecurityOptions { // "name=seccomp,profile=default"
-		name, _, _ := strings.Cut(option, ",")
-		info.rootless = info.rootless || name == "name=rootless"
-		info.userns = info.userns || name == "name=userns"
-	}
-	return info, nil
+	return s.engineInfo, podman, nil
 }
 
 // inspect asks for the container of exactly this name. Docker itself would also
 // take an ID or the beginning of one.
 func (e *engine) inspect(ctx context.Context, name string) (containerState, error) {
-	api, err := e.connected(ctx)
+	s, err := e.connected(ctx)
 	if err != nil {
 		return containerState{}, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
-	r, err := api.ContainerInspect(ctx, name, client.ContainerInspectOptions{})
+	r, err := s.api.ContainerInspect(ctx, name, client.ContainerInspectOptions{})
 	if errdefs.IsNotFound(err) || err == nil && r.Container.Name != "/"+name {
 		return containerState{}, errNoContainer
 	}
 	if err != nil {
 		return containerState{}, err
 	}
-	return stateOf(r.Container)
+	c, err := stateOf(r.Container)
+	c.NoSeccomp, c.SeccompOff = s.noSeccomp, s.seccompOff
+	return c, err
 }
 
 // stateOf takes what we need from an answer.
@@ -170,6 +200,7 @@ func stateOf(c container.InspectResponse) (containerState, error) {
 		PID:       int32(s.Pid),
 		StartedAt: started,
 		Running:   s.Running && !s.Paused && !s.Restarting && !s.Dead && s.Pid > 0,
+		Execs:     c.ExecIDs,
 		posture:   postureOf(c.HostConfig),
 	}, nil
 }
@@ -190,13 +221,13 @@ func postureOf(h *container.HostConfig) posture {
 
 // running lists the containers that run, or are paused.
 func (e *engine) running(ctx context.Context) ([]container.Summary, error) {
-	api, err := e.connected(ctx)
+	s, err := e.connected(ctx)
 	if err != nil {
 		return nil, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
 	defer cancel()
-	r, err := api.ContainerList(ctx, client.ContainerListOptions{})
+	r, err := s.api.ContainerList(ctx, client.ContainerListOptions{})
 	return r.Items, err
 }
 
@@ -218,6 +249,59 @@ func (e *engine) list(ctx context.Context) ([]string, error) {
 	return names, nil
 }
 
+// exec asks for the command line of an exec, as events have it. The client's own
+// question drops it. Where a proxy does not let the question through, or what comes
+// can't be read, it is empty.
+func (e *engine) exec(ctx context.Context, id string) (command string, running bool, err error) {
+	s, err := e.connected(ctx)
+	if err != nil {
+		return "", false, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, engineTimeout)
+	defer cancel()
+	dial := s.api.Dialer()
+	docker := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+	}}
+	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://docker/v"+s.api.ClientVersion()+"/exec/"+id+"/json", nil)
+	if err != nil {
+		return "", false, err
+	}
+	answer, err := docker.Do(r)
+	if err != nil {
+		return "", false, err
+	}
+	defer answer.Body.Close()
+	switch answer.StatusCode {
+	case http.StatusOK:
+		command, running = execAnswer(answer.Body)
+		return command, running, nil
+	case http.StatusNotFound:
+		return "", false, nil
+	}
+	return "", true, nil
+}
+
+// maxExecAnswer is more than the kernel lets a command line be.
+const maxExecAnswer = 16 << 20
+
+// execAnswer reads an answer on an exec.
+func execAnswer(body io.Reader) (command string, running bool) {
+	var a struct {
+		Running       bool
+		ProcessConfig struct {
+			Entrypoint string
+			Arguments  []string
+		}
+	}
+	if json.NewDecoder(io.LimitReader(body, maxExecAnswer)).Decode(&a) != nil {
+		return "", true
+	}
+	p := a.ProcessConfig
+	return p.Entrypoint + " " + strings.Join(p.Arguments, " "), a.Running
+}
+
 // fullID says whether s is a container's ID as cgroup paths carry it.
 func fullID(s string) bool {
 	return len(s) == 64 && strings.Trim(s, "0123456789abcdef") == ""
@@ -226,29 +310,34 @@ func fullID(s string) bool {
 // watched are the events after which a look at a container may find something
 // else than before, and the command that somebody runs in one. As soon as an
 // exec event is asked for Docker compares beginnings.
-var watched = []string{"start", "die", "destroy", "rename", "unpause", execStart}
+var watched = []string{"start", "die", "destroy", "rename", "unpause", execStart, execDie}
 
-const execStart = "exec_start"
+const execStart, execDie = "exec_start", "exec_die"
 
 // A listener is told what Docker tells.
 type listener struct {
 	subscribed func() // from now on nothing is missed
 	changed    func(name string)
-	ran        func(broker.Exec)
+	ran        func(execKey, broker.Exec)
+	ended      func(execKey)
 }
+
+// An execKey names a command that was begun in a container from outside.
+type execKey struct{ container, id string }
 
 // events tells l of each container that something happens to, until the stream
 // ends. Events after since are told again, if the engine still has them; last is
 // the time of the last one that was told.
 func (e *engine) events(ctx context.Context, since time.Time, l listener) (last time.Time, err error) {
 	last = since
-	api, err := e.connect(ctx)
+	s, err := e.connect(ctx)
 	if err != nil {
 		return last, err
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	stream := api.Events(ctx, client.EventsListOptions{
+	began := time.Now()
+	stream := s.api.Events(ctx, client.EventsListOptions{
 		Since:   fmt.Sprintf("%d.%09d", since.Unix(), since.Nanosecond()),
 		Filters: make(client.Filters).Add("type", "container").Add("event", watched...),
 	})
@@ -256,7 +345,7 @@ func (e *engine) events(ctx context.Context, since time.Time, l listener) (last 
 	for {
 		select {
 		case m := <-stream.Messages:
-			l.tell(m)
+			l.tell(m, began)
 			last = time.Unix(0, m.TimeNano+1)
 		case err := <-stream.Err:
 			return last, err
@@ -264,11 +353,25 @@ func (e *engine) events(ctx context.Context, since time.Time, l listener) (last 
 	}
 }
 
-func (l listener) tell(m events.Message) {
+// tell tells of an event. What was before began is told by an engine that remembers.
+func (l listener) tell(m events.Message, began time.Time) {
 	name := strings.TrimPrefix(m.Actor.Attributes["name"], "/")
+	// An image can have a label that takes the place of this one.
+	exec := execKey{m.Actor.ID, m.Actor.Attributes["execID"]}
 	if command, ok := strings.CutPrefix(string(m.Action), execStart+": "); ok {
-		l.ran(execOf(m.Actor.ID, name, command))
+		x := execOf(m.Actor.ID, name, command)
+		if at := time.Unix(0, m.TimeNano); at.Before(began) {
+			x.Afterwards = "it began at " + at.UTC().Format(time.RFC3339) + ", when the broker did not listen to Docker"
+		}
+		l.ran(exec, x)
 		return
+	}
+	if m.Action == execDie {
+		l.ended(exec)
+		return
+	}
+	if m.Action == events.ActionDie {
+		l.ended(execKey{container: m.Actor.ID})
 	}
 	l.changed(name)
 	// Among the attributes are the image's labels, so look at this one only where

@@ -11,7 +11,7 @@ import (
 // can't be in a container either.
 func (d *Docker) host() host {
 	h := d.hostPlaces()
-	for _, name := range []string{d.cfg.Socket, DefaultSocket, "/run/containerd/containerd.sock"} {
+	for _, name := range []string{d.cfg.Socket, DefaultSocket, "/run/containerd/containerd.sock", "/run/docker/containerd/containerd.sock"} {
 		if p, err := d.locator.locate(name); err == nil {
 			h.sockets = append(h.sockets, p)
 		}

@@ -235,6 +235,11 @@ func (b *logBuffer) String() string {
 // in containers are told to ran.
 func watch(t *testing.T, d *spawnerhook.Docker, changed func(string), ran ...func(broker.Exec)) (stop func()) {
 	t.Helper()
+	return watchSince(t, d, time.Time{}, changed, ran...)
+}
+
+func watchSince(t *testing.T, d *spawnerhook.Docker, since time.Time, changed func(string), ran ...func(broker.Exec)) (stop func()) {
+	t.Helper()
 	tell := func(x broker.Exec) {
 		for _, f := range ran {
 			f(x)
@@ -242,7 +247,7 @@ func watch(t *testing.T, d *spawnerhook.Docker, changed func(string), ran ...fun
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- d.Watch(ctx, changed, tell) }()
+	go func() { done <- d.Watch(ctx, since, changed, tell) }()
 	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := within(t, "end of Watch", done); !errors.Is(err, context.Canceled) {

@@ -83,7 +83,7 @@ func (d *Docker) posture(ctx context.Context, name string, h host) (*Container, 
 	}
 	m, server := mountAt(v.mounts, MountPoint)
 	h.own = m.place
-	return &Container{Name: name, Server: server, Findings: evidenceOf(c, v, h).findings(d.cfg.Posture)}, nil
+	return &Container{name, server, evidenceOf(c, v, h).findings(d.cfg.Posture), c.ID, c.Execs}, nil
 }
 
 // lookAroundOnce looks at all containers, unless that has been done.
@@ -97,7 +97,9 @@ func (d *Docker) lookAroundOnce(ctx context.Context) error {
 }
 
 // lookAround looks at all containers; around.round is held.
-func (d *Docker) lookAround(ctx context.Context) error {
+func (d *Docker) lookAround(ctx context.Context) (err error) {
+	d.execs.begin()
+	defer func() { d.execs.end(err == nil) }()
 	all, err := d.Containers(ctx)
 	if err != nil {
 		return err
@@ -118,7 +120,7 @@ func (d *Docker) lookAround(ctx context.Context) error {
 	for name, by := range now {
 		d.neighbour(name, by)
 	}
-	return nil
+	return d.findExecs(ctx, all)
 }
 
 // lookAroundFor follows a hint that something has happened to a container; an
@@ -160,7 +162,7 @@ func (d *Docker) neighbour(name, by string) {
 			n.forger = map[string]string{}
 		}
 		n.forger[name] = by
-		d.log.Warn("a container could forge the proofs of others, so attestation on this host is worth less", "container", name, "because", by)
+		d.log.Warn("a container could forge the proofs of others, so attestation on this host is worth less", "container", name, "because", by, "unless", TrustOption(name))
 	}
 	n.why.Store(n.words())
 }
@@ -175,5 +177,6 @@ func (n *neighbours) words() *string {
 	if more := len(names) - 1; more > 0 {
 		says += fmt.Sprintf("; so could %d more: %s", more, strings.Join(names[1:min(len(names), 4)], ", "))
 	}
+	says += "; " + TrustOption(names[0])
 	return &says
 }

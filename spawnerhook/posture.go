@@ -36,6 +36,9 @@ type Container struct {
 	Name     string    `json:"name"`
 	Server   bool      `json:"server"` // it mounts a directory at MountPoint
 	Findings []Finding `json:"findings"`
+
+	id    string
+	execs []string // IDs of what was begun in it from outside and has not ended
 }
 
 // Refused says whether it would get no tokens.
@@ -52,6 +55,11 @@ func (c Container) Forges() string {
 		}
 	}
 	return strings.Join(says, "; ")
+}
+
+// TrustOption says what ends that a container of that name lowers the level.
+func TrustOption(name string) string {
+	return fmt.Sprintf("if you trust it, add it to servers.docker.trusted: [%s]", name)
 }
 
 // FindingNames are the names of all findings, in the order of the table.
@@ -81,6 +89,8 @@ type posture struct {
 	CapAdd, SecurityOpt                                     []string
 	MaskedPaths, ReadonlyPaths                              []string
 	Devices, DeviceCgroupRules                              []string
+
+	NoSeccomp, SeccompOff bool // of the whole engine, see engineInfo
 }
 
 // A host is where things are. A place that is not known has no device, which is
@@ -118,13 +128,15 @@ var weaknesses = []weakness{
 	{"pid_host", Refuse, never, when("it sees the host's processes (--pid=host)", func(e *evidence) bool { return e.PidMode == "host" })},
 	{"pid_container", Refuse, never, when("it sees another container's processes (--pid=container:…)", func(e *evidence) bool { return strings.HasPrefix(e.PidMode, "container:") })},
 	{"network_host", Refuse, never, when("it uses the host network (--network=host)", func(e *evidence) bool { return e.NetworkMode == "host" })},
+	{"network_container", Report, never, when("it uses another container's network, and what listens on its localhost (--network=container:…)",
+		func(e *evidence) bool { return strings.HasPrefix(e.NetworkMode, "container:") })},
 	{"ipc_host", Report, never, when("it shares memory with the host (--ipc=host)", func(e *evidence) bool { return e.IpcMode == "host" })},
 	{"ipc_container", Report, never, when("it shares memory with another container (--ipc=container:…)", func(e *evidence) bool { return strings.HasPrefix(e.IpcMode, "container:") })},
 	// Without userns-remap, which is refused as a whole, this changes nothing.
 	{"userns_host", Allow, never, when("it has the host's users (--userns=host)", func(e *evidence) bool { return e.UsernsMode == "host" })},
 	// On cgroup v1 it is how Docker starts them all.
 	{"cgroupns_host", Report, never, when("it sees the host's cgroups (--cgroupns=host)", func(e *evidence) bool { return e.v2 && e.CgroupnsMode == "host" })},
-	{"seccomp_unconfined", Refuse, never, option("seccomp", "unconfined", "no system call is closed to it (--security-opt seccomp=unconfined)")},
+	{"seccomp_unconfined", Refuse, never, withoutSeccomp},
 	{"apparmor_unconfined", Refuse, never, option("apparmor", "unconfined", "AppArmor does not confine it (--security-opt apparmor=unconfined)")},
 	// Its root is the host's to the files of /proc/sys, core_pattern among them.
 	{"system_paths", Refuse, always, when("paths of /proc and /sys are open to it that Docker closes (--security-opt systempaths=unconfined)",
@@ -195,6 +207,30 @@ func option(key, value, says string) func(*evidence) string {
 	return when(says, func(e *evidence) bool {
 		return slices.Contains(e.SecurityOpt, key+"="+value) || slices.Contains(e.SecurityOpt, key+":"+value)
 	})
+}
+
+var seccompUnconfined = option("seccomp", "unconfined", "no system call is closed to it (--security-opt seccomp=unconfined)")
+
+// withoutSeccomp is the container's own option, or the engine's where it has none.
+func withoutSeccomp(e *evidence) string {
+	if says := seccompUnconfined(e); says != "" {
+		return says
+	}
+	own := "" // of several the last one counts
+	for _, o := range e.SecurityOpt {
+		for _, key := range []string{"seccomp=", "seccomp:"} {
+			if value, ok := strings.CutPrefix(o, key); ok {
+				own = value
+			}
+		}
+	}
+	switch {
+	case e.NoSeccomp:
+		return "no system call is closed to it, for this Docker has no seccomp"
+	case e.SeccompOff && own == "":
+		return "no system call is closed to it (dockerd --seccomp-profile=unconfined)"
+	}
+	return ""
 }
 
 // mounted is the first mount that is so.

@@ -68,6 +68,7 @@ func TestEachFindingIsFound(t *testing.T) {
 		{"another container's PIDs", readTestdata(t, "e2010-inspect-pid-container.json"), "", "pid_container"},
 		{"host network", with(`"NetworkMode": "none"`, `"NetworkMode": "host"`), "", "network_host"},
 		{"host network and the /sys that comes with it", with(`"NetworkMode": "none"`, `"NetworkMode": "host"`), "20 1 0:5 / /sys ro - sysfs sysfs ro\n", "network_host"},
+		{"another container's network", with(`"NetworkMode": "none"`, `"NetworkMode": "container:x"`), "", "network_container"},
 		{"host IPC", readTestdata(t, "e2010-inspect-ipc-host.json"), "", "ipc_host"},
 		{"another container's IPC", with(`"IpcMode": "private"`, `"IpcMode": "container:x"`), "", "ipc_container"},
 		{"host users", readTestdata(t, "e2010-inspect-userns-host.json"), "", "userns_host"},
@@ -216,7 +217,7 @@ func TestAContainerThatCouldForgeLowersTheLevelWhileItRuns(t *testing.T) {
 	start(l.engine, "db", nil)
 	start(l.engine, "hub", privileged)
 	start(l.engine, "cadvisor", privileged)
-	worth("pidfd", "the container cadvisor could forge proofs: it is privileged (--privileged)")
+	worth("pidfd", "the container cadvisor could forge proofs: it is privileged (--privileged); if you trust it, add it to servers.docker.trusted: [cadvisor]")
 	if log := l.log.String(); strings.Count(log, "could forge the proofs of others") != 1 || strings.Contains(log, "container=hub") {
 		t.Errorf("log: %s", log)
 	}
@@ -275,4 +276,71 @@ func TestTracingForgesOnlyWhereOthersAreSeen(t *testing.T) {
 			t.Errorf("%+v forges: %t, want %t", all[0].Findings, got, want)
 		}
 	}
+}
+
+// Names of profiles as engines give them: 20.10 says default, those since 23 builtin.
+func TestAnEngineThatClosesNoSystemCallsIsAFindingOfItsContainers(t *testing.T) {
+	const (
+		own  = `"SecurityOpt": ["no-new-privileges", "seccomp={\"defaultAction\":\"SCMP_ACT_ERRNO\"}"]`
+		none = `"SecurityOpt": null`
+	)
+	for _, tt := range []struct {
+		why      string
+		security []string
+		option   string
+		want     string // in the refusal; empty: bound
+	}{
+		{"20.10", []string{"name=seccomp,profile=default"}, none, ""},
+		{"since 23", []string{"name=apparmor", "name=seccomp,profile=builtin", "name=cgroupns"}, none, ""},
+		{"the site's own", []string{"name=seccomp,profile=/etc/docker/seccomp.json"}, none, ""},
+		{"the site's own, which is called like none", []string{"name=seccomp,profile=/etc/docker/unconfined"}, none, ""},
+		{"unconfined", []string{"name=apparmor", "name=seccomp,profile=unconfined"}, none, "dockerd --seccomp-profile=unconfined"},
+		{"unconfined, and another option", []string{"name=seccomp,profile=unconfined"}, `"SecurityOpt": ["apparmor=x"]`, "dockerd --seccomp-profile=unconfined"},
+		{"unconfined, and an option that is empty", []string{"name=seccomp,profile=unconfined"}, `"SecurityOpt": ["seccomp=x", "seccomp="]`, "dockerd --seccomp-profile=unconfined"},
+		{"unconfined, but the container is not", []string{"name=seccomp,profile=unconfined"}, own, ""},
+		{"unconfined, and the container, too", []string{"name=seccomp,profile=unconfined"}, `"SecurityOpt": ["seccomp=unconfined"]`, "--security-opt seccomp=unconfined"},
+		{"no seccomp", []string{"name=apparmor"}, none, "this Docker has no seccomp"},
+		{"no seccomp, whatever the container asks for", nil, `"SecurityOpt": ["seccomp=builtin"]`, "this Docker has no seccomp"},
+	} {
+		t.Run(tt.why, func(t *testing.T) {
+			l := newLab(t)
+			l.engine.Be([]string{"Engine"}, tt.security)
+			if _, err := l.docker.Check(t.Context()); err != nil { // as at a start
+				t.Fatal(err)
+			}
+			l.running(t, []byte(strings.Replace(readTestdata(t, "e2010-inspect-default.json"), none, tt.option, 1)))
+			_, err := l.docker.Bind(t.Context(), alice)
+			switch {
+			case tt.want != "":
+				wantDenied(t, err, tt.want)
+				wantDenied(t, err, "servers.docker.posture: {seccomp_unconfined: allow}")
+			case err != nil:
+				t.Errorf("Bind: %v", err)
+			}
+		})
+	}
+}
+
+func TestAnEngineThatComesBackWithOtherOptionsIsAskedAgain(t *testing.T) {
+	l := newLab(t)
+	names := make(chan string, 100)
+	watch(t, l.docker, func(name string) { names <- name })
+	within(t, "first hint", names)
+	l.running(t, nil)
+	l.bound(t)
+	back := func(profile string) {
+		t.Helper()
+		l.engine.Down()
+		l.engine.Be([]string{"Engine"}, []string{"name=seccomp,profile=" + profile})
+		if err := l.engine.Up(); err != nil {
+			t.Fatal(err)
+		}
+		for within(t, "hint after a restart of the engine", names) != "" {
+		}
+	}
+	back("unconfined")
+	_, err := l.docker.Bind(t.Context(), alice)
+	wantDenied(t, err, "--seccomp-profile=unconfined")
+	back("default")
+	l.bound(t)
 }

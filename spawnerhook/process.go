@@ -3,6 +3,7 @@ package spawnerhook
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"tokenbroker/broker"
 )
@@ -56,7 +57,7 @@ func hasEnded(cause error) error {
 }
 
 // Watch implements broker.Attestor: nothing happens to uids.
-func (*Process) Watch(ctx context.Context, _ func(container string), _ func(broker.Exec)) error {
+func (*Process) Watch(ctx context.Context, _ time.Time, _ func(container string), _ func(broker.Exec)) error {
 	<-ctx.Done()
 	return ctx.Err()
 }

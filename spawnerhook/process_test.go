@@ -6,6 +6,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"tokenbroker/broker"
 	"tokenbroker/spawnerhook"
@@ -43,7 +44,7 @@ func TestAContainersWorkloadIsNoUID(t *testing.T) {
 func TestNothingHappensToUIDs(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
-	err := spawnerhook.NewProcess().Watch(ctx, func(name string) { t.Errorf("Watch: got %q", name) }, nil)
+	err := spawnerhook.NewProcess().Watch(ctx, time.Time{}, func(name string) { t.Errorf("Watch: got %q", name) }, nil)
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("Watch: got %v", err)
 	}

@@ -17,6 +17,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -288,6 +289,7 @@ func TestOnRealDocker(t *testing.T) {
 	t.Run("a restart loop never makes a wrong binding", r.restartLoop)
 	t.Run("Watch names containers", r.watched)
 	t.Run("docker exec is told", r.execs)
+	t.Run("docker exec that nobody saw begin is told", r.unseenExecs)
 }
 
 func (r *realLab) attested(t *testing.T) {
@@ -295,6 +297,10 @@ func (r *realLab) attested(t *testing.T) {
 	w := s.started(t)
 	if inode := cgroup2Inode(t, w); spawnerhook.TellsCgroups() && w.CgroupID != inode {
 		t.Errorf("Bind: got cgroup number %d, want %d", w.CgroupID, inode)
+	}
+	// It is bound, so Docker says that it closes system calls: does the kernel?
+	if status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", w.PID)); err != nil || !strings.Contains(string(status), "\nSeccomp:\t2\n") {
+		t.Errorf("Docker says %s, the kernel %s, %v", docker(t, "info", "-f", "{{json .SecurityOptions}}"), status, err)
 	}
 	if w.Level != r.level || w.Image != r.prefix || len(w.Cgroups) == 0 {
 		t.Errorf("Bind: got %+v", w)
@@ -554,4 +560,50 @@ func (r *realLab) execs(t *testing.T) {
 		}
 		return
 	}
+}
+
+// Docker is not restarted here, since others use it: it remembers its events, and what
+// has ended is told of, too.
+func (r *realLab) unseenExecs(t *testing.T) {
+	w := r.server(t, "haunted").started(t)
+	told := func(d *spawnerhook.Docker, since time.Time, do func(), afterwards ...string) {
+		t.Helper()
+		names, execs := make(chan string, 1000), make(chan broker.Exec, 1000)
+		stop := watchSince(t, d, since, func(name string) { names <- name }, func(x broker.Exec) {
+			if x.Container == w.Container { // others use this Docker, too
+				execs <- x
+			}
+		})
+		defer stop()
+		for within(t, "first hint", names) != "" {
+		}
+		do()
+		var got []string
+		for range afterwards {
+			x := within(t, "command", execs)
+			if x.Name != w.Name || x.Command != "inside" || strings.Contains(x.Alike+x.Afterwards, "hunter2") {
+				t.Errorf("Watch tells %+v", x)
+			}
+			got = append(got, strings.Join(strings.Fields(x.Afterwards + " at once")[:2], " "))
+		}
+		if slices.Sort(got); !slices.Equal(got, afterwards) {
+			t.Errorf("told of commands: %q, want %q", got, afterwards)
+		}
+	}
+	run := func(option string, command ...string) {
+		exec.Command("docker", append([]string{"exec", option, w.Name, "/inside"}, command...)...).Run()
+	}
+	stays := func() { run("-d", "sleep", "hunter2") }
+	told(r.docker, time.Now(), stays, "at once")
+	down := time.Now()
+	run("-i", "hunter2") // ends at once
+	stays()
+	told(r.docker, down, func() {}, "it began", "it began")
+	// As after a restart of the broker, which has forgotten what it told.
+	again, err := spawnerhook.NewDocker(spawnerhook.DockerConfig{Directory: r.directory})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer again.Close()
+	told(again, time.Now(), func() {}, "it was", "it was")
 }

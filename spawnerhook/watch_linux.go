@@ -20,21 +20,20 @@ const maxExecs = 10000
 
 // Watch implements broker.Attestor. Events are read into a queue without ever
 // waiting for changed or ran: an engine drops events, without a word, for those
-// who read slowly.
-func (d *Docker) Watch(ctx context.Context, changed func(container string), ran func(broker.Exec)) error {
+// who read slowly. There is one Watch at a time.
+func (d *Docker) Watch(ctx context.Context, since time.Time, changed func(container string), ran func(broker.Exec)) error {
 	q, around := newHints(), newHints()
+	d.execs.watch(q.ran)
 	var readers sync.WaitGroup
 	readers.Go(func() {
 		hint := func(name string) {
 			q.add(name)
 			around.add(name)
 		}
-		d.follow(ctx, listener{subscribed: func() { hint("") }, changed: hint, ran: q.ran})
+		d.follow(ctx, since, listener{subscribed: func() { hint("") }, changed: hint, ran: d.execs.event, ended: d.execs.ended})
 	})
 	readers.Go(func() { _ = around.each(ctx, func() { d.lookAroundForAll(ctx, around) }) })
-	defer readers.Wait()
-	return q.each(ctx, func() {
-		names, execs, lost := q.take()
+	tell := func(names []string, execs []broker.Exec, lost int) {
 		for _, name := range names {
 			changed(name)
 		}
@@ -44,7 +43,13 @@ func (d *Docker) Watch(ctx context.Context, changed func(container string), ran 
 		if lost > 0 {
 			d.log.Error("more commands are run in containers than can be recorded", "not_recorded", lost)
 		}
-	})
+	}
+	err := q.each(ctx, func() { tell(q.take()) })
+	readers.Wait()
+	d.execs.watch(nil)
+	_, execs, lost := q.take() // nobody else will be told of these
+	tell(nil, execs, lost)
+	return err
 }
 
 // lookAroundForAll follows the hints that wait. What can't be followed waits again.
@@ -60,11 +65,13 @@ func (d *Docker) lookAroundForAll(ctx context.Context, around *hints) {
 }
 
 // follow reads events, connection after connection.
-func (d *Docker) follow(ctx context.Context, l listener) {
+func (d *Docker) follow(ctx context.Context, since time.Time, l listener) {
 	wait := firstPause
 	// The engine answers a moment before it subscribes. What happens in between it
 	// replays, if asked from a moment before; after a break, from where it broke.
-	since := time.Now().Add(-time.Second)
+	if now := time.Now(); since.IsZero() || since.After(now) {
+		since = now.Add(-time.Second)
+	}
 	for {
 		began := time.Now()
 		last, err := d.engine.events(ctx, since, l)

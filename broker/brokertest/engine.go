@@ -35,6 +35,7 @@ type Engine struct {
 	streams    map[*engineStream]bool
 	sent       *sync.Cond // on mu: a stream has written an event, or ended
 	onInspect  func(name string)
+	hidden     bool // execs
 	server     *http.Server
 	down       chan struct{} // closed when the server goes down
 	served     chan struct{} // closed when the server has ended
@@ -44,6 +45,14 @@ type Engine struct {
 type fakeContainer struct {
 	id      string
 	inspect map[string]any
+	execs   []*fakeExec
+}
+
+// A fakeExec is a command in a container. Docker lists it while it runs, and answers
+// on it for some minutes more.
+type fakeExec struct {
+	id, command string
+	running     bool
 }
 
 // An engineStream is somebody who reads events.
@@ -150,9 +159,7 @@ func (e *Engine) Create(t testing.TB, name string, inspect []byte) string {
 	}
 	c.id, _ = c.inspect["Id"].(string)
 	if c.id == "" {
-		id := make([]byte, 32)
-		rand.Read(id)
-		c.id = hex.EncodeToString(id)
+		c.id = newID()
 	}
 	c.inspect["Id"], c.inspect["Name"] = c.id, "/"+name
 	c.state("created", 0)
@@ -161,6 +168,12 @@ func (e *Engine) Create(t testing.TB, name string, inspect []byte) string {
 		e.emit(c, "create", nil)
 	})
 	return c.id
+}
+
+func newID() string {
+	id := make([]byte, 32)
+	rand.Read(id)
+	return hex.EncodeToString(id)
 }
 
 // Start runs a container, as process pid.
@@ -193,10 +206,31 @@ func (e *Engine) Pause(name string) {
 	})
 }
 
-// Exec tells of a docker exec, as Docker does: with its command line.
-func (e *Engine) Exec(name, command string) {
-	e.with(name, func(c *fakeContainer) { e.emit(c, "exec_start: "+command, nil) })
+// Exec runs a command in a container until EndExec, and returns its ID. Docker tells
+// of it with its command line.
+func (e *Engine) Exec(name, command string) (id string) {
+	e.with(name, func(c *fakeContainer) {
+		id = newID()
+		c.execs = append(c.execs, &fakeExec{id, command, true})
+		e.emit(c, "exec_start: "+command, map[string]string{"execID": id})
+	})
+	return id
 }
+
+// EndExec ends a command in a container.
+func (e *Engine) EndExec(name, id string) {
+	e.with(name, func(c *fakeContainer) {
+		for _, x := range c.execs {
+			if x.id == id {
+				x.running = false
+			}
+		}
+		e.emit(c, "exec_die", map[string]string{"execID": id, "exitCode": "0"})
+	})
+}
+
+// HideExecs has the engine refuse questions on commands, as a proxy might.
+func (e *Engine) HideExecs() { e.locked(func() { e.hidden = true }) }
 
 // Rename gives a container another name.
 func (e *Engine) Rename(name, to string) {
@@ -261,8 +295,17 @@ func (e *Engine) with(name string, f func(*fakeContainer)) {
 
 // emit tells everybody of an event; e.mu is held.
 func (e *Engine) emit(c *fakeContainer, action string, attributes map[string]string) {
-	all := map[string]string{"name": strings.TrimPrefix(c.inspect["Name"].(string), "/")}
-	maps.Copy(all, attributes)
+	all := maps.Clone(attributes)
+	if all == nil {
+		all = map[string]string{}
+	}
+	if config, ok := c.inspect["Config"].(map[string]any); ok {
+		labels, _ := config["Labels"].(map[string]any)
+		for k, v := range labels { // as Docker does, over its own
+			all[k] = fmt.Sprint(v)
+		}
+	}
+	all["name"] = strings.TrimPrefix(c.inspect["Name"].(string), "/")
 	event := engineEvent{"container", action, engineActor{c.id, all}, time.Now().UnixNano()}
 	e.events = append(e.events, event)
 	e.events = e.events[max(0, len(e.events)-256):]
@@ -283,6 +326,7 @@ func (e *Engine) handler() http.Handler {
 	mux.HandleFunc("GET /{v}/containers/{name}/json", e.inspect)
 	mux.HandleFunc("GET /{v}/containers/json", e.list)
 	mux.HandleFunc("GET /{v}/events", e.stream)
+	mux.HandleFunc("GET /{v}/exec/{id}/json", e.inspectExec)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		var api string
 		e.locked(func() { api = e.api })
@@ -355,7 +399,35 @@ func (e *Engine) inspect(w http.ResponseWriter, r *http.Request) {
 		refuse(w, http.StatusNotFound, "No such container: %s", name)
 		return
 	}
+	var execs []string // null where there are none
+	for _, x := range c.execs {
+		if x.running {
+			execs = append(execs, x.id)
+		}
+	}
+	c.inspect["ExecIDs"] = execs
 	json.NewEncoder(w).Encode(c.inspect)
+}
+
+func (e *Engine) inspectExec(w http.ResponseWriter, r *http.Request) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.hidden {
+		refuse(w, http.StatusForbidden, "forbidden")
+		return
+	}
+	id := r.PathValue("id")
+	for _, c := range e.containers {
+		for _, x := range c.execs {
+			if x.id == id {
+				words := strings.Split(x.command, " ")
+				json.NewEncoder(w).Encode(map[string]any{"ID": id, "ContainerID": c.id, "Running": x.running,
+					"ProcessConfig": map[string]any{"entrypoint": words[0], "arguments": words[1:]}})
+				return
+			}
+		}
+	}
+	refuse(w, http.StatusNotFound, "No such exec instance: %s", id)
 }
 
 // find looks for a container as Docker does.

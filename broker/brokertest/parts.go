@@ -6,6 +6,7 @@ import (
 	"maps"
 	"slices"
 	"sync"
+	"time"
 
 	"tokenbroker/broker"
 )
@@ -22,6 +23,7 @@ type Attestor struct {
 	running map[string]*container
 	gone    map[int32]bool
 	refuse  map[string]error
+	since   time.Time
 	changed func(string)
 	ran     func(broker.Exec)
 	binds   int
@@ -140,12 +142,19 @@ func (a *Attestor) Alive(p *broker.Peer) error {
 }
 
 // Watch implements broker.Attestor.
-func (a *Attestor) Watch(ctx context.Context, changed func(string), ran func(broker.Exec)) error {
+func (a *Attestor) Watch(ctx context.Context, since time.Time, changed func(string), ran func(broker.Exec)) error {
 	a.mu.Lock()
-	a.changed, a.ran = changed, ran
+	a.since, a.changed, a.ran = since, changed, ran
 	a.mu.Unlock()
 	<-ctx.Done()
 	return ctx.Err()
+}
+
+// Since is from when on the last Watch was to tell of commands.
+func (a *Attestor) Since() time.Time {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.since
 }
 
 // Forge has a neighbour on the host that could forge proofs; empty: none.

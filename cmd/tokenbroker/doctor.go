@@ -134,7 +134,7 @@ func checkNeighbours(ctx context.Context, cfg *Config, d *spawnerhook.Docker) []
 	var all []finding
 	for _, c := range running {
 		if by := c.Forges(); by != "" && !slices.Contains(cfg.Servers.Docker.Trusted, c.Name) {
-			all = append(all, finding{"containers", "note", c.Name + " could forge proofs, which lowers the level by one: " + by})
+			all = append(all, finding{"containers", "note", c.Name + " could forge proofs, which lowers the level by one: " + by + "; " + spawnerhook.TrustOption(c.Name)})
 		}
 	}
 	return all

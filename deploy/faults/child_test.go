@@ -275,7 +275,7 @@ func (anybody) Bind(_ context.Context, r broker.Registration) (*broker.Workload,
 }
 func (anybody) Attest(*broker.Peer, *broker.Workload) error { return nil }
 func (anybody) Alive(*broker.Peer) error                    { return nil }
-func (anybody) Watch(ctx context.Context, _ func(string), _ func(broker.Exec)) error {
+func (anybody) Watch(ctx context.Context, _ time.Time, _ func(string), _ func(broker.Exec)) error {
 	<-ctx.Done()
 	return ctx.Err()
 }
