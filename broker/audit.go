@@ -28,7 +28,7 @@ type Entry struct {
 	Hub       HubID      `json:"hub,omitempty"`
 	User      UserID     `json:"user,omitempty"`
 	Server    ServerName `json:"server,omitempty"`
-	Container string     `json:"container,omitempty"`
+	Container string     `json:"container,omitempty"` // the server's; who is refused need not be in it
 	Level     string     `json:"level,omitempty"`
 	Posture   []string   `json:"posture,omitempty"`
 	PID       int32      `json:"pid,omitempty"`

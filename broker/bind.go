@@ -13,8 +13,9 @@ import (
 const bindGap = 200 * time.Millisecond
 
 // attest returns the server that p may speak for. It asks the kernel about p
-// once per connection and workload, and whether p still lives each time.
-func (b *Broker) attest(ctx context.Context, p *Peer) (*server, error) {
+// once per connection and workload, and whether p still lives each time. e is told
+// which container the server is bound to, whether p is in it or not.
+func (b *Broker) attest(ctx context.Context, p *Peer, e *Entry) (*server, error) {
 	s := b.servers.get(p.Server)
 	if s == nil {
 		return nil, Errorf(UnknownPeer, "this server is not registered with the token broker").
@@ -26,11 +27,14 @@ func (b *Broker) attest(ctx context.Context, p *Peer) (*server, error) {
 			return nil, err
 		}
 	}
-	if p.attested.Load() != s.workload {
-		if err := b.cfg.Attestor.Attest(p, s.workload); err != nil {
+	w := s.workload
+	e.Container, e.Posture = w.Container, w.Posture
+	e.Level, _ = b.cfg.Attestor.Worth(w.Level)
+	if p.attested.Load() != w {
+		if err := b.cfg.Attestor.Attest(p, w); err != nil {
 			return nil, err
 		}
-		p.attested.Store(s.workload)
+		p.attested.Store(w)
 		return s, nil
 	}
 	return s, b.cfg.Attestor.Alive(p)
