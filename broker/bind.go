@@ -94,10 +94,11 @@ func (b *Broker) onlyOne(k ServerKey, w *Workload) error {
 	if other == nil {
 		return nil
 	}
+	why := fmt.Errorf("it is in a cgroup of the %s's", other.Key)
 	if other.Container == w.Container {
-		return Errorf(Denied, "the container %s is already bound to the %s", w.Name, other.Key)
+		why = fmt.Errorf("it is already bound to the %s", other.Key)
 	}
-	return Errorf(Denied, "the container %s is in a cgroup of the %s's", w.Name, other.Key)
+	return Errorf(Denied, "the container %s can't be told apart from another server's", w.Name).Because(why)
 }
 
 // overlap says whether a process could be in both.
@@ -284,11 +285,15 @@ func (b *Broker) restoreOne(ctx context.Context, k ServerKey) error {
 	return nil
 }
 
-// reason is what an operator reads in a list: the sentence where there is one.
+// reason is what an operator reads in a list: the sentence where there is one, and
+// what a no rests on, which callers are not told.
 func reason(err error) string {
 	var e *Error
-	if errors.As(err, &e) {
-		return e.Sentence
+	switch {
+	case !errors.As(err, &e):
+		return err.Error()
+	case e.Code == Denied && e.cause != nil:
+		return e.Sentence + ": " + e.cause.Error()
 	}
-	return err.Error()
+	return e.Sentence
 }
