@@ -413,7 +413,7 @@ func TestAStormOfStrangersIsCounted(t *testing.T) {
 		}
 		all := r.audit.entries(t, "connect")
 		if len(all) != 2*17 || *all[2].UID != 65001 || all[2].PID != 2 || all[2].Hub != "main" || all[2].Socket != "/run/main.sock" || all[2].By != "" {
-			t.Errorf("2000 attempts are %d lines, of which one is %+v; want 34", len(all), all[2])
+			t.Fatalf("2000 attempts are %d lines, want 34: %+v", len(all), all)
 		}
 		if n := strings.Count(r.log.String(), "may not use it"); n > len(all) {
 			t.Errorf("the log says so %d times", n)
