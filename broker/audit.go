@@ -28,11 +28,12 @@ type Entry struct {
 	Hub       HubID      `json:"hub,omitempty"`
 	User      UserID     `json:"user,omitempty"`
 	Server    ServerName `json:"server,omitempty"`
-	Container string     `json:"container,omitempty"`
+	Container string     `json:"container,omitempty"` // the server's; who is refused need not be in it
 	Level     string     `json:"level,omitempty"`
 	Posture   []string   `json:"posture,omitempty"`
 	PID       int32      `json:"pid,omitempty"`
 	UID       *uint32    `json:"uid,omitempty"`
+	Socket    string     `json:"socket,omitempty"` // that a process connected to which may not use it
 	Provider  ProviderID `json:"provider,omitempty"`
 	Sub       string     `json:"sub,omitempty"`
 	Audience  string     `json:"audience,omitempty"`
@@ -119,8 +120,13 @@ func (b *Broker) record(ctx context.Context, e *Entry, err error) error {
 }
 
 // refusalKind says which refusals are like that of e. Numbers are no part of it:
-// they are the caller's, or the moment's.
+// they are the caller's, or the moment's. At a socket of ours only the caller's uid
+// counts: each attempt can be another process's.
 func refusalKind(e *Entry) kind {
+	who := asker{action: e.Action, hub: e.Hub, user: e.User, server: e.Server, who: e.By}
+	if e.Socket != "" {
+		return kind{asker: who, code: e.Code, detail: fmt.Sprint(e.Socket, " ", *e.UID)}
+	}
 	reason := strings.Map(func(r rune) rune {
 		if '0' <= r && r <= '9' {
 			return -1
@@ -128,9 +134,9 @@ func refusalKind(e *Entry) kind {
 		return r
 	}, e.Reason[:min(len(e.Reason), 500)])
 	return kind{
-		asker:  asker{action: e.Action, hub: e.Hub, user: e.User, server: e.Server, who: e.By},
+		asker:  who,
 		code:   e.Code,
-		detail: strings.Join([]string{string(e.Provider), e.Audience, reason}, "\x00"),
+		detail: strings.Join([]string{string(e.Provider), e.Audience, e.Container, e.Level, reason}, "\x00"),
 	}
 }
 
@@ -152,6 +158,15 @@ func level(c Code) slog.Level {
 func (b *Broker) Refuse(p *Peer, action string, err error) *Error {
 	e := b.entry(action, p)
 	return public(b.record(context.Background(), e, err), b.cfg.Contact, e.Ref)
+}
+
+// Stranger records that a process which may not use a hub's socket, or the
+// administrator's, has connected to it. It was not heard, so there is nobody to
+// answer.
+func (b *Broker) Stranger(p *Peer, socket string, why error) {
+	e := b.entry("connect", p)
+	e.Socket, e.By = socket, "" // he is no administrator
+	_ = b.record(context.Background(), e, Errorf(UnknownPeer, "this socket is another's").Because(why))
 }
 
 // Looked records that an administrator has looked at something. He may look also

@@ -401,6 +401,37 @@ func TestAStormOfEverNewRefusalsIsCountedToo(t *testing.T) {
 	})
 }
 
+// Strangers at a hub's socket, or the administrator's, each time another process
+// and a few times another uid.
+func TestAStormOfStrangersIsCounted(t *testing.T) {
+	inBubble(t, func(r *rig) {
+		for i := range 1000 {
+			for _, hub := range []broker.HubID{"main", ""} {
+				p := &broker.Peer{Hub: hub, PID: int32(i + 1), UID: 65000 + uint32(i%100)}
+				r.Stranger(p, "/run/"+string(hub)+".sock", fmt.Errorf("uid %d may not use it", p.UID))
+			}
+		}
+		all := r.audit.entries(t, "connect")
+		if len(all) != 2*17 || *all[2].UID != 65001 || all[2].PID != 2 || all[2].Hub != "main" || all[2].Socket != "/run/main.sock" || all[2].By != "" {
+			t.Fatalf("2000 attempts are %d lines, want 34: %+v", len(all), all)
+		}
+		if n := strings.Count(r.log.String(), "may not use it"); n > len(all) {
+			t.Errorf("the log says so %d times", n)
+		}
+		time.Sleep(90 * time.Second)
+		tried := make(map[broker.HubID]int)
+		for _, e := range r.audit.entries(t, "connect") {
+			tried[e.Hub] += max(1, e.Count)
+			if e.Code != broker.UnknownPeer || !strings.Contains(e.Reason, "may not use it") {
+				t.Errorf("got %+v", e)
+			}
+		}
+		if tried["main"] != 1000 || tried[""] != 1000 {
+			t.Errorf("counted are %v, want 1000 each", tried)
+		}
+	})
+}
+
 func TestRefusalsAreCountedOnWhileTheAuditCanNotBeWritten(t *testing.T) {
 	inBubble(t, func(r *rig) {
 		stranger := r.peer("alice", 7)

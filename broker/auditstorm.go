@@ -117,7 +117,7 @@ func (r *run) entry(now time.Time) *Entry {
 		Count: r.count, Like: f.Ref, First: &r.from, Last: &r.to,
 	}
 	if r.detail != "" {
-		e.Provider, e.Audience, e.Container = f.Provider, f.Audience, f.Container
+		e.Provider, e.Audience, e.Container, e.Level, e.Socket = f.Provider, f.Audience, f.Container, f.Level, f.Socket
 	}
 	return e
 }

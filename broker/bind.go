@@ -13,8 +13,9 @@ import (
 const bindGap = 200 * time.Millisecond
 
 // attest returns the server that p may speak for. It asks the kernel about p
-// once per connection and workload, and whether p still lives each time.
-func (b *Broker) attest(ctx context.Context, p *Peer) (*server, error) {
+// once per connection and workload, and whether p still lives each time. e is told
+// which container the server is bound to, whether p is in it or not.
+func (b *Broker) attest(ctx context.Context, p *Peer, e *Entry) (*server, error) {
 	s := b.servers.get(p.Server)
 	if s == nil {
 		return nil, Errorf(UnknownPeer, "this server is not registered with the token broker").
@@ -26,11 +27,14 @@ func (b *Broker) attest(ctx context.Context, p *Peer) (*server, error) {
 			return nil, err
 		}
 	}
-	if p.attested.Load() != s.workload {
-		if err := b.cfg.Attestor.Attest(p, s.workload); err != nil {
+	w := s.workload
+	e.Container, e.Posture = w.Container, w.Posture
+	e.Level, _ = b.cfg.Attestor.Worth(w.Level)
+	if p.attested.Load() != w {
+		if err := b.cfg.Attestor.Attest(p, w); err != nil {
 			return nil, err
 		}
-		p.attested.Store(s.workload)
+		p.attested.Store(w)
 		return s, nil
 	}
 	return s, b.cfg.Attestor.Alive(p)
@@ -90,10 +94,11 @@ func (b *Broker) onlyOne(k ServerKey, w *Workload) error {
 	if other == nil {
 		return nil
 	}
+	why := fmt.Errorf("it is in a cgroup of the %s's", other.Key)
 	if other.Container == w.Container {
-		return Errorf(Denied, "the container %s is already bound to the %s", w.Name, other.Key)
+		why = fmt.Errorf("it is already bound to the %s", other.Key)
 	}
-	return Errorf(Denied, "the container %s is in a cgroup of the %s's", w.Name, other.Key)
+	return Errorf(Denied, "the container %s can't be told apart from another server's", w.Name).Because(why)
 }
 
 // overlap says whether a process could be in both.
@@ -280,11 +285,15 @@ func (b *Broker) restoreOne(ctx context.Context, k ServerKey) error {
 	return nil
 }
 
-// reason is what an operator reads in a list: the sentence where there is one.
+// reason is what an operator reads in a list: the sentence where there is one, and
+// what a no rests on, which callers are not told.
 func reason(err error) string {
 	var e *Error
-	if errors.As(err, &e) {
-		return e.Sentence
+	switch {
+	case !errors.As(err, &e):
+		return err.Error()
+	case e.Code == Denied && e.cause != nil:
+		return e.Sentence + ": " + e.cause.Error()
 	}
-	return err.Error()
+	return e.Sentence
 }

@@ -38,8 +38,8 @@ func TestNoTwoServersShareACgroup(t *testing.T) {
 					return
 				}
 				said := r.refused(r.peer("bob", 101), broker.Want{}, broker.ErrDenied)
-				if !strings.Contains(said.Sentence, "in a cgroup of the") {
-					t.Errorf("said %q", said.Sentence)
+				if why := r.Registrations()[1].Reason; strings.Contains(said.Sentence, "alice") || !strings.Contains(why, `in a cgroup of the server "" of main/"alice"`) {
+					t.Errorf("said %q, and to the operator %q", said.Sentence, why)
 				}
 				r.attestor.Stop("jupyter-alice") // an end is an end
 				synctest.Wait()

@@ -118,7 +118,7 @@
 //	store, grant         hub, provider, sub → Grant              for ever                       it opens at another key
 //	store, handle        fingerprint → grant or pending login    400 days; pending: 10 minutes  a tombstone leaves it good
 //	store, link          hub, user → subject per provider,       for ever                       another subject inherits it;
-//	                     groups at the hub                                                      they change without the revision
+//	                     groups at the hub, hosts of servers                                    they change without the revision
 //	store, registration  hub, host, user, server → Registration  Unregister                     another host acts on it
 //	store, token         as memory                               expiry                         as memory
 //	store, issued        hub, provider, sub → what was handed out  expiry of the last             a token leaves that is not in it

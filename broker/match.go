@@ -3,6 +3,7 @@ package broker
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -18,6 +19,7 @@ type view struct {
 	read     time.Time // by our monotonic clock
 	grants   map[ProviderID]Grant
 	rebound  time.Time // see linkRecord
+	servers  map[ServerName]seat
 }
 
 // viewFor is for how long a view is believed although the revision stands
@@ -92,7 +94,7 @@ func (b *Broker) look(ctx context.Context, k userKey, revision int64) (*view, er
 	if err != nil {
 		return nil, err
 	}
-	v.rebound, v.groups = l.ReboundAt, l.Groups
+	v.rebound, v.groups, v.servers = l.ReboundAt, l.Groups, l.Servers
 	for p, sub := range l.Subs {
 		g, err := b.loadGrant(ctx, GrantKey{k.hub, p, sub})
 		switch {
@@ -118,9 +120,15 @@ func (v *view) grant(p ProviderID) (Grant, error) {
 	return g, nil
 }
 
-// admits refuses a server from before the user's name was given to another
-// person: whoever started it is not the one who has the grants now.
+// admits refuses a server that was registered on another host since, and one from
+// before the user's name was given to another person: whoever started it is not the
+// one who has the grants now.
 func (v *view) admits(r *Registration) error {
+	if p := v.servers[r.Key.Server]; p.Host != r.Host && p.Generation > r.Generation {
+		return Errorf(UnknownPeer, "this server was started anew in another place, and has ended here").
+			Hint("use the server that the hub shows").
+			Because(fmt.Errorf("it is registered on %s with generation %d, on %s with %d", p.Host, p.Generation, r.Host, r.Generation))
+	}
 	if r.Generation > v.rebound.UnixMicro() {
 		return nil
 	}
@@ -166,12 +174,19 @@ func (v *view) mayHave(rules []Rule, hub HubID, want Want) bool {
 
 // A linkRecord says which subject a hub's user is at each provider. A subject
 // that was linked once stays, also when its grant ends. It also keeps the groups
-// that the hub has last said he is in.
+// that the hub has last said he is in, and where his servers are registered.
 type linkRecord struct {
 	Subs   map[ProviderID]string
 	Groups []string `json:",omitempty"` // sorted
 	// ReboundAt is when the name was last given to another person; zero: never.
 	ReboundAt time.Time
+	Servers   map[ServerName]seat `json:",omitempty"`
+}
+
+// A seat is where a server was registered last.
+type seat struct {
+	Host       HostID
+	Generation int64
 }
 
 func (k userKey) record() Key {

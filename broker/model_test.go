@@ -110,7 +110,7 @@ func newModel(t rapid.TB, kind, dir string) *model {
 	}
 	m.login(m.hosts[0])
 	for _, h := range m.hosts {
-		if _, err := h.life.Register(context.Background(), "main", broker.RegisterRequest{User: "alice", ContainerName: "jupyter-alice"}); err != nil {
+		if _, err := h.life.Register(context.Background(), "main", broker.RegisterRequest{User: "alice", Server: broker.ServerName(h.name), ContainerName: "jupyter-alice"}); err != nil {
 			t.Fatalf("Register: %v", err)
 		}
 		h.attestor.Run("jupyter-alice", 100)
@@ -170,7 +170,7 @@ func (m *model) Ask(t *rapid.T) {
 func (m *model) ask(l *modelLife, want broker.Want, patience time.Duration) error {
 	ctx, hangUp := context.WithTimeout(context.Background(), patience)
 	defer hangUp()
-	peer := &broker.Peer{Server: broker.ServerKey{Hub: "main", User: "alice"}, PID: 100}
+	peer := &broker.Peer{Server: broker.ServerKey{Hub: "main", User: "alice", Server: broker.ServerName(l.host.name)}, PID: 100}
 	tok, err := l.Token(ctx, peer, want)
 	if err == nil && l.lives() {
 		m.check(l, tok)

@@ -296,9 +296,13 @@ func (b *Broker) grantFor(ctx context.Context, hub HubID, r RegisterRequest) (Gr
 // reserve writes the registration, opens its socket and makes it known, in that
 // order: what is known has a socket, and what has a socket is in the store.
 func (b *Broker) reserve(ctx context.Context, k ServerKey, r RegisterRequest, directory string) (*server, error) {
+	generation, err := b.takeSeat(ctx, k)
+	if err != nil {
+		return nil, err
+	}
 	reg, err := b.changeRegistration(ctx, k, func(reg *Registration, _ bool) error {
 		*reg = Registration{
-			Key: k, Host: b.cfg.Host, Generation: later(reg.Generation, b.pulse.now()), State: Reserved,
+			Key: k, Host: b.cfg.Host, Generation: generation, State: Reserved,
 			ContainerName: r.ContainerName, UID: r.UID, Shared: r.Shared, Directory: directory,
 			Container: reg.Container, Changed: b.pulse.now(),
 		}
@@ -316,6 +320,48 @@ func (b *Broker) reserve(ctx context.Context, k ServerKey, r RegisterRequest, di
 	s := &server{Registration: reg}
 	b.servers.put(s)
 	return s, nil
+}
+
+// takeSeat makes this host the one that the server at k is registered on, and
+// returns the generation. The hub has started it here last, so what another broker
+// knows of it is void: no broker answers by it longer than confirmLease, and its
+// socket refuses all who come.
+func (b *Broker) takeSeat(ctx context.Context, k ServerKey) (generation int64, err error) {
+	old, err := b.registered(ctx, k)
+	if err != nil {
+		return 0, err
+	}
+	user, elsewhere := userKey{k.Hub, k.User}, false
+	l, err := update(ctx, &b.vault, user.record(), forever[linkRecord], func(l *linkRecord, _ bool) error {
+		was := l.Servers[k.Server]
+		elsewhere = was.Host != "" && was.Host != b.cfg.Host
+		if old != nil {
+			was.Generation = max(was.Generation, old.Generation)
+		}
+		if l.Servers == nil {
+			l.Servers = make(map[ServerName]seat)
+		}
+		l.Servers[k.Server] = seat{b.cfg.Host, later(was.Generation, b.pulse.now())}
+		return nil
+	})
+	if err == nil && elsewhere {
+		b.views.drop(user)
+		err = b.moveRevision(ctx)
+	}
+	return l.Servers[k.Server].Generation, err
+}
+
+// leaveSeat forgets that the server at k is registered on this host. If another
+// has it by now, that stays.
+func (b *Broker) leaveSeat(ctx context.Context, k ServerKey) error {
+	_, err := update(ctx, &b.vault, userKey{k.Hub, k.User}.record(), forever[linkRecord], func(l *linkRecord, _ bool) error {
+		if l.Servers[k.Server].Host != b.cfg.Host {
+			return errKeep
+		}
+		delete(l.Servers, k.Server)
+		return nil
+	})
+	return err
 }
 
 // Unregister ends a server's registration; see hub.proto. ref is empty if there
@@ -363,6 +409,9 @@ func (b *Broker) unregister(ctx context.Context, s *server) error {
 	b.servers.remove(s.Key)
 	if err := b.cfg.Sockets.Close(s.Key); err != nil {
 		return fmt.Errorf("close socket of %s: %w", s.Key, err)
+	}
+	if err := b.leaveSeat(ctx, s.Key); err != nil {
+		return err
 	}
 	if err := b.deleteRegistration(ctx, s.Key); err != nil {
 		return err

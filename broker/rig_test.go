@@ -27,6 +27,7 @@ type rig struct {
 	audit    *audit
 	log      *brokertest.Buffer
 	cfg      broker.Config
+	name     broker.ServerName // of the servers that run here; each user's is one on one host
 	*broker.Broker
 }
 
@@ -91,6 +92,7 @@ func (r *rig) second() *rig {
 	s.attestor, s.sockets, s.audit = brokertest.NewAttestor(), brokertest.NewSockets(), &audit{}
 	s.cfg.Host, s.cfg.Attestor, s.cfg.Sockets, s.cfg.Audit = "host2", s.attestor, s.sockets, s.audit
 	s.cfg.Journal = filepath.Join(r.t.TempDir(), "journal2")
+	s.name = "far"
 	s.start()
 	return &s
 }
@@ -126,11 +128,11 @@ func (r *rig) loggedIn(user broker.UserID) broker.Secret {
 	return handle
 }
 
-// running registers user's default server, starts its container and returns a
+// running registers user's server, starts its container and returns a
 // process in it.
 func (r *rig) running(user broker.UserID, pid int32) *broker.Peer {
 	r.t.Helper()
-	_, err := r.Register(context.Background(), "main", broker.RegisterRequest{User: user, ContainerName: "jupyter-" + string(user)})
+	_, err := r.Register(context.Background(), "main", broker.RegisterRequest{User: user, Server: r.name, ContainerName: "jupyter-" + string(user)})
 	if err != nil {
 		r.t.Fatalf("Register: %v", err)
 	}
@@ -140,7 +142,7 @@ func (r *rig) running(user broker.UserID, pid int32) *broker.Peer {
 }
 
 func (r *rig) peer(user broker.UserID, pid int32) *broker.Peer {
-	return &broker.Peer{Server: broker.ServerKey{Hub: "main", User: user}, PID: pid}
+	return &broker.Peer{Server: broker.ServerKey{Hub: "main", User: user, Server: r.name}, PID: pid}
 }
 
 func (r *rig) token(p *broker.Peer, want broker.Want) broker.Token {

@@ -112,12 +112,9 @@ func (b *Broker) answer(ctx context.Context, p *Peer, want Want, e *Entry) (answ
 }
 
 func (b *Broker) once(ctx context.Context, p *Peer, want Want, e *Entry) (a answer, err error) {
-	if a.server, err = b.attest(ctx, p); err != nil {
+	if a.server, err = b.attest(ctx, p, e); err != nil {
 		return a, err
 	}
-	w := a.server.workload
-	e.Container, e.Posture = w.Container, w.Posture
-	e.Level, _ = b.cfg.Attestor.Worth(w.Level)
 	if a.view, err = b.match(ctx, p.Server.Hub, p.Server.User); err != nil {
 		return a, err
 	}
@@ -313,12 +310,10 @@ func (b *Broker) Providers(ctx context.Context, p *Peer) (list []ProviderStatus,
 }
 
 func (b *Broker) providersOf(ctx context.Context, p *Peer, e *Entry) ([]ProviderStatus, error) {
-	s, err := b.attest(ctx, p)
+	s, err := b.attest(ctx, p, e)
 	if err != nil {
 		return nil, err
 	}
-	e.Container, e.Posture = s.workload.Container, s.workload.Posture
-	e.Level, _ = b.cfg.Attestor.Worth(s.workload.Level)
 	v, err := b.match(ctx, p.Server.Hub, p.Server.User)
 	if err == nil {
 		err = v.admits(&s.Registration)

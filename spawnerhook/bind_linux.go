@@ -122,11 +122,11 @@ func (d *Docker) running(ctx context.Context, name string) (containerState, erro
 	c, err := d.engine.inspect(ctx, name)
 	switch {
 	case errors.Is(err, errNoContainer):
-		return containerState{}, pending("the server's container is not there yet", err)
+		return containerState{}, pending("the server's container is not there yet", fmt.Errorf("Docker on %s: %w", name, err))
 	case err != nil:
 		return containerState{}, unavailable(err)
 	case !c.Running:
-		return containerState{}, pending("the server's container is not running", nil)
+		return containerState{}, pending("the server's container is not running", fmt.Errorf("Docker on %s: id %s", name, c.ID))
 	}
 	return c, nil
 }

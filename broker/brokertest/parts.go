@@ -126,7 +126,8 @@ func (a *Attestor) Attest(p *broker.Peer, w *broker.Workload) error {
 	inside := c != nil && c.workload == w && slices.Contains(c.pids, p.PID)
 	a.mu.Unlock()
 	if !inside {
-		return broker.Errorf(broker.UnknownPeer, "this process is not in the server's container")
+		return broker.Errorf(broker.UnknownPeer, "this process is not in the server's container").
+			Because(fmt.Errorf("process %d is not one of %s", p.PID, w.Name))
 	}
 	return a.Alive(p)
 }

@@ -8,3 +8,10 @@ func ShortenSends(d time.Duration) (undo func()) {
 	sendWithin = d
 	return func() { sendWithin = old }
 }
+
+// ShortenAges replaces ages until it is undone.
+func ShortenAges(idle, age, grace time.Duration) (undo func()) {
+	old := ages
+	ages.MaxConnectionIdle, ages.MaxConnectionAge, ages.MaxConnectionAgeGrace = idle, age, grace
+	return func() { ages = old }
+}

@@ -27,6 +27,16 @@ import (
 	pb "tokenbroker/proto/tokenbroker/v1"
 )
 
+// ages bound a connection's life: a caller's credentials are those of its connect,
+// so none is for ever. Tests shorten them for the servers they make.
+var ages = keepalive.ServerParameters{
+	MaxConnectionIdle:     5 * time.Minute,
+	MaxConnectionAge:      10 * time.Minute,
+	MaxConnectionAgeGrace: time.Minute,
+	Time:                  5 * time.Minute,
+	Timeout:               20 * time.Second,
+}
+
 // maxMessage bounds a request. It is the same over HTTP.
 const maxMessage = 64 << 10
 
@@ -74,15 +84,7 @@ func (e edge) server(desc grpc.ServiceDesc, service any) *grpc.Server {
 		// Requests are small: a window never grows, so nobody can fill memory by it.
 		grpc.StaticStreamWindowSize(maxMessage),
 		grpc.StaticConnWindowSize(maxMessage),
-		// A caller's credentials are those of its connect, so no connection is
-		// for ever.
-		grpc.KeepaliveParams(keepalive.ServerParameters{
-			MaxConnectionIdle:     5 * time.Minute,
-			MaxConnectionAge:      10 * time.Minute,
-			MaxConnectionAgeGrace: time.Minute,
-			Time:                  5 * time.Minute,
-			Timeout:               20 * time.Second,
-		}),
+		grpc.KeepaliveParams(ages),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)
 	s.RegisterService(e.wrap(desc), service)

@@ -18,6 +18,7 @@ import (
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 	healthpb "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/status"
@@ -403,6 +404,81 @@ func TestARequestThatNeverArrivesEndsItsConnection(t *testing.T) {
 		check(t, err)
 		if err := s.RecvMsg(new(pb.GetTokenResponse)); status.Code(err) != codes.Unavailable {
 			t.Errorf("%s: %v, want the connection's end", method, err)
+		}
+	}
+}
+
+// aged serves alice's server with other ages, which a connection reaches at once.
+func (r *rig) aged(idle, age, grace time.Duration) (*grpc.ClientConn, pb.WorkloadClient) {
+	r.t.Helper()
+	undo := grpcserver.ShortenAges(idle, age, grace)
+	s := grpcserver.NewWorkload(r.b, r.logger)
+	undo()
+	cc := r.dial(s, asServer)
+	return cc, pb.NewWorkloadClient(cc)
+}
+
+// untilGoAway returns once the server has said that the connection ends. A client
+// is idle then, whatever is still under way.
+func untilGoAway(t *testing.T, cc *grpc.ClientConn) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for cc.GetState() == connectivity.Ready {
+		if !cc.WaitForStateChange(ctx, connectivity.Ready) {
+			t.Fatal("the connection has not ended within a minute")
+		}
+	}
+}
+
+func TestAConnectionThatIsIdleEnds(t *testing.T) {
+	cc, c := newRig(t).aged(time.Millisecond, time.Hour, time.Hour)
+	for range 2 { // the next request opens another
+		_, err := c.GetToken(context.Background(), &pb.GetTokenRequest{})
+		check(t, err)
+		untilGoAway(t, cc)
+	}
+}
+
+func TestAnOldConnectionEndsOnceItsRequestsAreAnswered(t *testing.T) {
+	r := newRig(t)
+	cc, c := r.aged(time.Hour, time.Millisecond, time.Hour)
+	asked, answer := make(chan struct{}), make(chan struct{})
+	r.provider.Next(brokertest.Answer{Before: func() { close(asked); <-answer }})
+	r.store.Advance(time.Hour)
+	r.login("bob") // moves the revision, so that the broker reads the time anew
+
+	answered := make(chan error)
+	go func() {
+		_, err := c.GetToken(context.Background(), &pb.GetTokenRequest{})
+		answered <- err
+	}()
+	<-asked
+	untilGoAway(t, cc)
+	select {
+	case err := <-answered:
+		t.Errorf("answered with the end of the connection: %v", err)
+	default:
+		close(answer)
+		check(t, <-answered)
+	}
+	_, err := c.GetToken(context.Background(), &pb.GetTokenRequest{})
+	check(t, err)
+}
+
+// A Watch has no end of its own, so it is cut off, with what tells a client to open
+// another.
+func TestAWatchEndsWithItsOldConnection(t *testing.T) {
+	_, c := newRig(t).aged(time.Hour, time.Millisecond, time.Millisecond)
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for range 2 {
+		w, err := c.Watch(ctx, &pb.WatchRequest{})
+		for err == nil {
+			_, err = w.Recv()
+		}
+		if status.Code(err) != codes.Unavailable || infoOf(err) != nil {
+			t.Errorf("Watch: %v, want UNAVAILABLE and no refusal", err)
 		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -320,6 +321,91 @@ func hang(b *testing.B, path string, speaksGRPC bool) {
 	check(b, err)
 	_, err = io.ReadFull(c, make([]byte, answer))
 	check(b, err)
+}
+
+// BenchmarkFloodMemory is what the connections of ten servers hold that misbehave,
+// all that each may have: heap and stacks at the most, for each connection, and how
+// many times as much as at a bare server in the same process.
+func BenchmarkFloodMemory(b *testing.B) {
+	const servers, each = 10, 64
+	for kind, begin := range holds {
+		b.Run(kind, func(b *testing.B) {
+			for b.Loop() {
+				s := newStack(b, setup{audit: io.Discard}) // which this process needn't keep
+				paths := make([]string, servers)
+				for i := range paths {
+					user := broker.UserID(fmt.Sprint("user", i))
+					s.loginAs(user)
+					s.attestor.Run("c-"+string(user), int32(1000+i), int32(os.Getpid()))
+					_, err := s.b.Register(context.Background(), "main", broker.RegisterRequest{User: user, ContainerName: "c-" + string(user)})
+					check(b, err)
+					paths[i] = s.sock(broker.ServerKey{Hub: "main", User: user})
+				}
+				ours := held(b, paths, each, begin)
+				bare := held(b, []string{servePlain(b)}, servers*each, begin)
+				b.ReportMetric(ours/1e3, "kB/conn")
+				b.ReportMetric(ours/bare, "x/bare")
+				b.ReportMetric(0, "ns/op")
+			}
+		})
+	}
+}
+
+// holds are what is done on one connection that then stays.
+var holds = map[string]func(net.Conn){
+	"answers never read": again(strings.Repeat(plainRequest, 20)),
+	"half a request":     func(c net.Conn) { io.WriteString(c, plainRequest[:20]) },
+	"open streams": func(c net.Conn) {
+		w := newWire(c, c)
+		err := w.begin()
+		for range 32 {
+			if err == nil {
+				_, err = w.open(w.headers, true)
+			}
+		}
+	},
+}
+
+// servePlain is net/http's server at a socket, until the benchmark ends.
+func servePlain(b *testing.B) (path string) {
+	path = b.TempDir() + "/s"
+	l, err := net.Listen("unix", path)
+	check(b, err)
+	s := bareServer()
+	go s.Serve(l)
+	b.Cleanup(func() { s.Close() })
+	return path
+}
+
+// held is the most that one of the connections to these sockets holds: a second is
+// for what is done on them, and after four a server begins to end them.
+func held(b *testing.B, paths []string, each int, begin func(net.Conn)) float64 {
+	b.Helper()
+	before := inUse()
+	var conns []net.Conn
+	for _, path := range paths {
+		for range each {
+			c, err := net.Dial("unix", path)
+			check(b, err)
+			conns = append(conns, c)
+		}
+	}
+	began := time.Now()
+	var saying sync.WaitGroup
+	for _, c := range conns {
+		c.SetWriteDeadline(began.Add(time.Second))
+		saying.Go(func() { begin(c) })
+	}
+	saying.Wait() // the clients are bare file descriptors then
+	var most uint64
+	for time.Since(began) < 4*time.Second {
+		most = max(most, inUse())
+		time.Sleep(100 * time.Millisecond)
+	}
+	for _, c := range conns {
+		c.Close()
+	}
+	return float64(most-min(most, before)) / float64(len(conns))
 }
 
 func inUse() uint64 {

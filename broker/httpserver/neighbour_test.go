@@ -162,12 +162,16 @@ func serveAnything(path string) string {
 	if err != nil {
 		panic(err)
 	}
+	go bareServer().Serve(l)
+	return path
+}
+
+func bareServer() *http.Server {
 	var p http.Protocols
 	p.SetHTTP1(true)
 	p.SetUnencryptedHTTP2(true)
 	answer := strings.Repeat("x", 400)
-	go (&http.Server{Protocols: &p, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, answer) })}).Serve(l)
-	return path
+	return &http.Server{Protocols: &p, Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, answer) })}
 }
 
 const plainRequest = "GET /v1/token HTTP/1.1\r\nHost: localhost\r\n\r\n"

@@ -37,8 +37,9 @@ type door struct {
 	quiet      quiet
 	grpc, http *queue
 
-	stamp func(*broker.Peer)       // says whose socket it is
-	admit func(*broker.Peer) error // says why a peer may not come in; nil: all may
+	stamp   func(*broker.Peer)       // says whose socket it is
+	admit   func(*broker.Peer) error // says why a peer may not come in
+	refused Refused                  // is told of it
 
 	done chan struct{}  // closed by close
 	wg   sync.WaitGroup // the accept loop and the connections that haven't spoken
@@ -131,7 +132,7 @@ func (d *door) enter(raw *net.UnixConn) {
 	c := &Conn{UnixConn: raw, peer: p, door: d, done: make(chan struct{})}
 	d.stamp(p)
 	if err := d.admit(p); err != nil {
-		d.warn("connection refused", err)
+		d.refuse(p, err)
 		c.Close()
 		return
 	}
@@ -145,6 +146,14 @@ func (d *door) enter(raw *net.UnixConn) {
 	}
 	d.wg.Add(1)
 	go d.introduce(c)
+}
+
+func (d *door) refuse(p *broker.Peer, why error) {
+	if d.refused == nil {
+		d.warn("connection refused", why)
+		return
+	}
+	d.refused(p, d.path, why)
 }
 
 // hold counts c in, if there is room.

@@ -40,7 +40,8 @@ func (l *Listener) Close() error {
 // itself if the hub is root, and else leaves it open to all and relies on the check
 // of the peer, which is done in any case.
 // The directory should hold nothing else: a hub in a container mounts it.
-func ListenHub(path string, hub broker.HubID, uid uint32, log *slog.Logger) (*Listener, error) {
+// refused is told of others who connect.
+func ListenHub(path string, hub broker.HubID, uid uint32, refused Refused, log *slog.Logger) (*Listener, error) {
 	key := fmt.Sprintf("hubs.%s.socket", hub)
 	l, err := listenFor(key, path, uid, log.With("hub", hub))
 	if err != nil {
@@ -48,19 +49,27 @@ func ListenHub(path string, hub broker.HubID, uid uint32, log *slog.Logger) (*Li
 	}
 	l.door.limits.conns = 512 // one hub stands for all its users
 	l.door.stamp = func(p *broker.Peer) { p.Hub = hub }
+	l.door.refused = refused
 	l.door.start()
 	return l, nil
 }
 
-// ListenAdmin opens the administrator's socket, for root and our own uid.
-func ListenAdmin(path string, log *slog.Logger) (*Listener, error) {
+// ListenAdmin opens the administrator's socket, for root and our own uid. refused is
+// told of others who connect.
+func ListenAdmin(path string, refused Refused, log *slog.Logger) (*Listener, error) {
 	l, err := listenFor("admin.socket", path, uint32(os.Geteuid()), log)
 	if err != nil {
 		return nil, err
 	}
+	l.door.refused = refused
 	l.door.start()
 	return l, nil
 }
+
+// A Refused is told of a process that may not use a socket: the socket's path, and
+// why. Nothing of what it sends is read. p ends with the call, and no other
+// connection is taken meanwhile. A nil Refused has the log told, now and then.
+type Refused func(p *broker.Peer, socket string, why error)
 
 // listenFor opens a socket for one uid and root. key is its place in the
 // configuration.
@@ -92,7 +101,7 @@ func listenFor(key, path string, uid uint32, log *slog.Logger) (*Listener, error
 		if p.UID == uid || p.UID == 0 {
 			return nil
 		}
-		return fmt.Errorf("uid %d may not use this socket, only %d and root", p.UID, uid)
+		return fmt.Errorf("uid %d may not use %s, only uid %d and root", p.UID, path, uid)
 	}
 	return l, nil
 }

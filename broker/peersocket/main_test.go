@@ -87,7 +87,7 @@ func actBroker() {
 		err = s.Open(alice)
 	}
 	if err == nil {
-		_, err = peersocket.ListenHub(os.Args[2], "main", uint32(os.Getuid()), quiet)
+		_, err = peersocket.ListenHub(os.Args[2], "main", uint32(os.Getuid()), nil, quiet)
 	}
 	fmt.Printf("open: %v\n", err)
 	io.Copy(io.Discard, os.Stdin)
@@ -97,7 +97,7 @@ func actBroker() {
 // actHub opens the socket of a hub that runs as another uid, which we may not
 // give a file to.
 func actHub() {
-	_, err := peersocket.ListenHub(os.Args[1], "main", uint32(os.Getuid())+1, quiet)
+	_, err := peersocket.ListenHub(os.Args[1], "main", uint32(os.Getuid())+1, nil, quiet)
 	fmt.Printf("open: %v\n", err)
 	io.Copy(io.Discard, os.Stdin)
 	os.Exit(0)

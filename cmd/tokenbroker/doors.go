@@ -34,6 +34,8 @@ type doors struct {
 	listeners []interface{ Close() error }
 	grpc      []serving[*grpc.Server]
 	http      []serving[*http.Server]
+	begun     chan struct{} // closed by serve: the broker has started
+	ended     chan struct{} // closed by close
 }
 
 // A socket speaks two protocols.
@@ -50,7 +52,7 @@ type serving[S any] struct {
 
 // openDoors opens the sockets. Nobody is answered before serve.
 func openDoors(cfg *Config, b *broker.Broker, servers *peersocket.Servers, log *slog.Logger) (_ *doors, err error) {
-	d := &doors{log: log}
+	d := &doors{log: log, begun: make(chan struct{}), ended: make(chan struct{})}
 	defer func() {
 		if err != nil {
 			d.close()
@@ -68,13 +70,25 @@ func openDoors(cfg *Config, b *broker.Broker, servers *peersocket.Servers, log *
 	if err := d.listen(cfg.Metrics, func(h httpserver.Hosts) *http.Server { return httpserver.NewMetrics(b, h, log) }); err != nil {
 		return nil, fmt.Errorf("metrics: %w", err)
 	}
-	admin, err := peersocket.ListenAdmin(cfg.Admin.Socket, log)
+	admin, err := peersocket.ListenAdmin(cfg.Admin.Socket, d.refused(b), log)
 	if err != nil {
 		return nil, err
 	}
 	d.listeners = append(d.listeners, admin)
 	d.answer(admin, grpcserver.NewAdmin(b, log), noJSON())
 	return d, nil
+}
+
+// refused puts those who may not use a socket into the audit. There is none before
+// the broker has started, so until then they wait.
+func (d *doors) refused(b *broker.Broker) peersocket.Refused {
+	return func(p *broker.Peer, socket string, why error) {
+		select {
+		case <-d.begun:
+			b.Stranger(p, socket, why)
+		case <-d.ended:
+		}
+	}
 }
 
 // answer lets a pair of servers answer behind a socket.
@@ -95,7 +109,7 @@ func noJSON() *http.Server {
 
 func (d *doors) openHub(cfg *Config, name broker.HubID, b *broker.Broker, log *slog.Logger) error {
 	h := cfg.Hubs[name]
-	l, err := peersocket.ListenHub(h.Socket, name, h.UID, log)
+	l, err := peersocket.ListenHub(h.Socket, name, h.UID, d.refused(b), log)
 	if err != nil {
 		return err
 	}
@@ -188,6 +202,7 @@ func writeHubFile(cfg *Config, name broker.HubID) error {
 // serve answers on all sockets. The channel gets the error of one that stops
 // before drain.
 func (d *doors) serve() <-chan error {
+	close(d.begun)
 	failed := make(chan error, len(d.grpc)+len(d.http))
 	for _, s := range d.grpc {
 		go func() {
@@ -232,6 +247,7 @@ func (d *doors) drain() {
 
 // close closes the sockets and removes them.
 func (d *doors) close() error {
+	close(d.ended)
 	var errs []error
 	for _, l := range d.listeners {
 		if err := l.Close(); !errors.Is(err, net.ErrClosed) {

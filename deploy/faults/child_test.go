@@ -175,6 +175,7 @@ func open() (system, error) {
 type ours struct {
 	*broker.Broker
 	store *tapped
+	host  string
 
 	mu      sync.Mutex      // lets one server be started at a time, and guards what follows
 	servers map[string]bool // whose run here; nil: not asked yet
@@ -216,7 +217,7 @@ func newOurs(c setup, p broker.Provider) (*ours, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &ours{Broker: b, store: tap, watches: map[string]*stream{}}, b.Start(context.Background())
+	return &ours{Broker: b, store: tap, host: c.Host, watches: map[string]*stream{}}, b.Start(context.Background())
 }
 
 func (o *ours) login(ctx context.Context, c Call) (handle string, err error) {
@@ -239,12 +240,13 @@ func (o *ours) get(ctx context.Context, c Call) (broker.Token, error) {
 	if err := o.serve(c.User); err != nil {
 		return broker.Token{}, err
 	}
-	return o.Token(ctx, peer(c.User), broker.Want{Scopes: c.Scopes})
+	return o.Token(ctx, o.peer(c.User), broker.Want{Scopes: c.Scopes})
 }
 
-// peer is a process in the user's server.
-func peer(user string) *broker.Peer {
-	return &broker.Peer{Server: broker.ServerKey{Hub: "hub", User: broker.UserID(user)}, PID: 1}
+// peer is a process in the user's server here. There is one on each host, which is
+// called like that.
+func (o *ours) peer(user string) *broker.Peer {
+	return &broker.Peer{Server: broker.ServerKey{Hub: "hub", User: broker.UserID(user), Server: broker.ServerName(o.host)}, PID: 1}
 }
 
 // serve starts the user's server here, once, unless it was there before the
@@ -261,7 +263,7 @@ func (o *ours) serve(user string) error {
 	if o.servers[user] {
 		return nil
 	}
-	_, err := o.Register(context.Background(), "hub", broker.RegisterRequest{User: broker.UserID(user), ContainerName: "jupyter-" + user})
+	_, err := o.Register(context.Background(), "hub", broker.RegisterRequest{User: broker.UserID(user), Server: broker.ServerName(o.host), ContainerName: "jupyter-" + user})
 	o.servers[user] = err == nil
 	return err
 }

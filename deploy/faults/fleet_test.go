@@ -492,7 +492,7 @@ func (s *Service) Watch(c Call, r *Reply) error {
 	o.mu.Unlock()
 	go func() {
 		defer close(st.events)
-		_ = o.Broker.Watch(context.Background(), peer(c.User), broker.Want{Scopes: c.Scopes}, func(u broker.Update) error {
+		_ = o.Broker.Watch(context.Background(), o.peer(c.User), broker.Want{Scopes: c.Scopes}, func(u broker.Update) error {
 			st.events <- u.Event
 			if u.Event != tokenEvent {
 				return errors.New("it has told what the test waits for")
