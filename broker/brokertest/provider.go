@@ -97,6 +97,9 @@ func (p *Provider) SetWide(wide bool) { p.locked(func() { p.wide = wide }) }
 // nobody does.
 func (p *Provider) OnExchange(f func() error) { p.locked(func() { p.onTrade = f }) }
 
+// Calm has refreshes and exchanges answered as usual again.
+func (p *Provider) Calm() { p.locked(func() { p.onTrade, p.answers = nil, nil }) }
+
 // OnLook has f change or refuse what Look answers; nil: nobody does.
 func (p *Provider) OnLook(f func(*broker.Identity) error) { p.locked(func() { p.onLook = f }) }
 
