@@ -47,6 +47,9 @@ type Config struct {
 // A Hub is what the broker knows of one JupyterHub.
 type Hub struct {
 	Login ProviderID // the provider its users log in with
+	// Scopes are what the hub's own token is narrowed to, where the provider can;
+	// empty: it is that of the whole grant.
+	Scopes []string
 	// OnLogout is what a logout at the hub does; empty: Keep.
 	OnLogout OnLogout
 	// API asks the hub itself; nil: it is not asked.
@@ -149,8 +152,8 @@ func (b *Broker) check() error {
 		}
 	}
 	for name, h := range c.Hubs {
-		if _, err := b.provider(h.Login); err != nil {
-			errs = append(errs, fmt.Errorf("broker: hub %s: login: %w", name, err))
+		if err := b.checkHub(h); err != nil {
+			errs = append(errs, fmt.Errorf("broker: hub %s: %w", name, err))
 		}
 	}
 	for i, r := range c.Rules {
@@ -167,6 +170,22 @@ func (b *Broker) check() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+func (b *Broker) checkHub(h Hub) error {
+	p, err := b.provider(h.Login)
+	if err != nil {
+		return fmt.Errorf("login: %w", err)
+	}
+	for _, s := range h.Scopes {
+		if !IsScope(s) {
+			return fmt.Errorf("scopes: %q is not a scope", s)
+		}
+	}
+	if len(h.Scopes) > 0 && !p.Info().Narrowing.Narrows() {
+		return fmt.Errorf("scopes: %s can't narrow the hub's token to them", h.Login)
+	}
+	return nil
 }
 
 // Start puts right what the store has lost of this broker's writes, restores this

@@ -11,7 +11,7 @@ import (
 // in the store, where the deployment's other brokers find it.
 type cachedToken struct {
 	Access        Secret
-	IDToken       Secret // of the whole grant's token, for the hub
+	IDToken       Secret // of a token that the hub may get
 	Type          string
 	Scopes        []string
 	ScopesKnown   bool
@@ -103,25 +103,35 @@ func (t *cachedToken) refused(print string, now time.Time) bool {
 }
 
 // A tokenKey says what a token is kept as. The whole grant's is not that of an
-// empty target, which is what a rule without audience and scopes comes to.
+// empty target, which is what a rule without audience and scopes comes to; and the
+// hub's own is not that of a container which asks for the same.
 type tokenKey struct {
 	grant    GrantKey
-	whole    bool
+	kind     string // kindToken, kindHub or kindWhole
 	audience string
 	scopes   string
 }
 
-func wholeKey(k GrantKey) tokenKey { return tokenKey{grant: k, whole: true} }
+func wholeKey(k GrantKey) tokenKey { return tokenKey{grant: k, kind: kindWhole} }
 
-func newTokenKey(k GrantKey, t Target) tokenKey {
-	return tokenKey{grant: k, audience: t.Audience, scopes: strings.Join(t.Scopes, " ")}
+// key is what a token of k that was decided on is kept as.
+func (d *Decision) key(k GrantKey) tokenKey {
+	kind := kindToken
+	if d.Rule == 0 {
+		kind = kindHub
+	}
+	return tokenKey{grant: k, kind: kind, audience: d.Target.Audience, scopes: strings.Join(d.Target.Scopes, " ")}
 }
 
 func (k tokenKey) record() Key {
-	if k.whole {
-		return Key{Kind: kindWhole, Parts: []string{string(k.grant.Hub), string(k.grant.Provider), k.grant.Sub}}
+	parts := []string{string(k.grant.Hub), string(k.grant.Provider), k.grant.Sub}
+	switch k.kind {
+	case kindToken:
+		parts = append(parts, k.audience, k.scopes)
+	case kindHub:
+		parts = append(parts, k.scopes)
 	}
-	return Key{Kind: kindToken, Parts: []string{string(k.grant.Hub), string(k.grant.Provider), k.grant.Sub, k.audience, k.scopes}}
+	return Key{Kind: k.kind, Parts: parts}
 }
 
 // tokens keeps decoded tokens in memory. What it returns may be void or over;

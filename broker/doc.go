@@ -5,6 +5,7 @@
 // # Flows, and where they are
 //
 //	login       login.go     Login → pending grant, handle; Claim → link, live grant
+//	            hubtoken.go  the hub's own token, narrowed to the hub's scopes
 //	spawn       registry.go  Register → directory, socket; Unregister
 //	            bind.go      Docker and the kernel confirm the container
 //	            sweep.go     servers and users that the hub no longer has
@@ -105,7 +106,8 @@
 //	where                key → value                             until                          wrong if
 //	memory, servers      server → registration, workload         Unregister; the workload ends  it outlives its socket
 //	memory, views        hub, user → linked grants, groups       the revision moves; 30 s       it is used without its revision
-//	memory, tokens       grant, audience, scopes → access token  expiry; another epoch          it is used without the grant's epoch
+//	memory, tokens       grant, audience, scopes → access token  expiry; another epoch          it is used without the grant's epoch;
+//	                     apart: the hub's own, the whole grant's                                 the hub's own is a container's
 //	memory, rolewatch    id of an event → it was followed        the next whole poll, of a minute  it hides another event
 //	memory, pulse        revision and time of the store          250 ms; a note of a move       the host's clock is used instead
 //	disk, journal        grant → counters, roles, sealed Grant   the store has it for sure      two processes write it
@@ -120,7 +122,7 @@
 //	store, link          hub, user → subject per provider,       for ever                       another subject inherits it;
 //	                     groups at the hub, hosts of servers                                    they change without the revision
 //	store, registration  hub, host, user, server → Registration  Unregister                     another host acts on it
-//	store, token         as memory                               expiry                         as memory
+//	store, token, hub, whole  as memory                               expiry                         as memory
 //	store, issued        hub, provider, sub → what was handed out  expiry of the last             a token leaves that is not in it
 //	store, stops         users of whose servers some are to be stopped  none is registered         it is believed without the rules
 //	store, revocations   grants of which something is to be revoked  nothing is to be            it is believed without the records

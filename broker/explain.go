@@ -179,7 +179,7 @@ func (b *Broker) wouldObtain(ctx context.Context, x *Explanation, g Grant, d Dec
 	}
 	now := b.pulse.now()
 	good := func(t *cachedToken) bool { return t.Epoch == g.Epoch && t.lasts(g.Key, now, x.Want.MinTTL) }
-	t, ok := b.recall(ctx, newTokenKey(g.Key, d.Target), good)
+	t, ok := b.recall(ctx, d.key(g.Key), good)
 	whole, hasWhole := b.recall(ctx, wholeKey(g.Key), good)
 	if !ok && info.Narrowing == Never {
 		t, ok = whole, hasWhole

@@ -73,7 +73,10 @@ type pendingLogin struct {
 	Username  string
 	Roles     []string
 	Session   string
-	Token     tokenRecord
+	Token     tokenRecord // of the whole grant; zero: the refresh token was spent for Hubs alone
+	// Hubs is the hub's own, if that is another. The hub's scopes may be others since,
+	// and a provider that was asked late may have given more: who takes it checks it.
+	Hubs tokenRecord
 }
 
 // A ticket is a handle that was looked up.
@@ -120,7 +123,7 @@ func (b *Broker) Login(ctx context.Context, hub HubID, provider ProviderID, c Co
 
 // recorded is record for answers with a HubToken.
 func (b *Broker) recorded(ctx context.Context, e *Entry, t HubToken, err error) (HubToken, error) {
-	e.Token = t.Access.Fingerprint()
+	e.Token, e.Scopes = t.Access.Fingerprint(), t.Scopes
 	if err := b.record(ctx, e, err); err != nil {
 		return HubToken{}, err
 	}
@@ -144,11 +147,15 @@ func (b *Broker) login(ctx context.Context, hub HubID, provider ProviderID, c Co
 	e.Sub = id.Sub
 	t := ticket{hub: hub, provider: provider, handle: NewSecret(handlePrefix + rand.Text())}
 	t.Sub, t.Pending = id.Sub, b.newPending(provider, id, iss)
-	t.Given, t.GivenAt = iss.AccessToken.Fingerprint(), t.Pending.At
+	given, err := b.narrowLogin(ctx, p, &t)
+	if err != nil {
+		return HubToken{}, err
+	}
+	t.Given, t.GivenAt = given.Print, t.Pending.At
 	if err := b.saveTicket(ctx, &t); err != nil {
 		return HubToken{}, err
 	}
-	return b.hubToken(&t, t.Pending.Token.open()), nil
+	return b.hubToken(&t, given), nil
 }
 
 func loginError(p ProviderID, err error) error {
@@ -358,9 +365,7 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 		})
 	}
 	if g.State == Live && g.LoginAt.Equal(login.At) && g.RefreshedAt.Equal(login.At) {
-		token := login.Token.open()
-		token.Epoch = g.Epoch
-		if err := b.keep(ctx, wholeKey(k), token); err != nil {
+		if err := b.keepLogin(ctx, p.Info(), k, login, g.Epoch); err != nil {
 			return err
 		}
 	}
@@ -390,8 +395,9 @@ func (g *Grant) loggedIn(l *pendingLogin, now time.Time, host HostID) {
 	g.Epoch = later(g.Epoch, now)
 	g.Spending = Spending{}
 	g.LoginAt, g.RefreshedAt, g.RefreshedBy = l.At, l.At, host
-	token := l.Token.open()
-	g.OutstandingUntil = latest(g.OutstandingUntil, token.outstandingUntil())
+	for _, r := range []tokenRecord{l.Token, l.Hubs} {
+		g.OutstandingUntil = latest(g.OutstandingUntil, r.outstandingUntil())
+	}
 }
 
 // lookUp finds what handle stands for, and adopts a refresh token from before
@@ -474,12 +480,13 @@ func (b *Broker) adopt(ctx context.Context, p Provider, t ticket) (ticket, error
 		err := b.notAdopted(ctx, &t, &ProviderError{Class: TryLater, Err: errors.New("the token broker's store is too slow")})
 		return t, err
 	}
-	id, iss, err := send(ctx, p, began, t.handle, "", nil)
+	d, scopes := b.adoptedFor(p, t.hub)
+	id, iss, err := send(ctx, p, began, t.handle, "", scopes)
 	if err == nil && id.Sub == "" {
 		err = &ProviderError{Class: Dead, Reason: "the provider does not say whose it is"}
 	}
 	if err != nil {
-		err = b.notAdopted(ctx, &t, err)
+		err = unfit(t.hub, d, b.notAdopted(ctx, &t, err))
 		return t, err
 	}
 	if iss.RefreshToken.IsZero() {
@@ -487,6 +494,9 @@ func (b *Broker) adopt(ctx context.Context, p Provider, t ticket) (ticket, error
 	}
 	login := b.newPending(t.provider, id, iss)
 	login.Adopted = true
+	if len(scopes) > 0 {
+		login.Token, login.Hubs = tokenRecord{}, login.Token
+	}
 	adopted := t
 	adopted.Sub, adopted.Pending, adopted.Spending = id.Sub, login, Spending{}
 	err = b.insist(ctx, t.record(), func() error {
@@ -585,7 +595,7 @@ func (b *Broker) refreshHub(ctx context.Context, hub HubID, provider ProviderID,
 	e.Sub = t.Sub
 	now := b.pulse.now()
 	if t.Pending != nil {
-		return b.pendingToken(ctx, t, now)
+		return b.pendingToken(ctx, &t, now)
 	}
 	again := now.Sub(t.GivenAt) > sameAnswer
 	token, _, err := b.hubsOwn(ctx, &t, func(c *cachedToken) bool { return !again || c.Print != t.Given })
@@ -604,49 +614,6 @@ func (b *Broker) refreshHub(ctx context.Context, hub HubID, provider ProviderID,
 		}
 	}
 	return b.handedOut(ctx, t, token)
-}
-
-// pendingToken answers for a login that is not claimed yet: with its own token
-// while that lives.
-func (b *Broker) pendingToken(ctx context.Context, t ticket, now time.Time) (HubToken, error) {
-	token := t.Pending.Token.open()
-	if !token.valid(now) || !t.Pending.Until.After(now) {
-		return HubToken{}, Errorf(LoginRequired, "this login has not been claimed")
-	}
-	return b.handedOut(ctx, t, token)
-}
-
-// hubsOwn returns the whole grant's token for the hub. If the provider can't be
-// asked, a token that is still valid will do, and stale is true.
-func (b *Broker) hubsOwn(ctx context.Context, tk *ticket, accept func(*cachedToken) bool) (t cachedToken, stale bool, err error) {
-	k := tk.grantKey()
-	g, err := b.loadGrant(ctx, k)
-	switch {
-	case errors.Is(err, ErrAbsent):
-		return t, false, unknownHandle()
-	case err != nil:
-		return t, false, err
-	}
-	p, err := b.provider(k.Provider)
-	if err != nil {
-		return t, false, err
-	}
-	if err := cmp.Or(g.usable(p.Info().Issuer), tk.fits(&g)); err != nil {
-		return t, false, err
-	}
-	t, err = b.whole(ctx, k, func(c *cachedToken) bool {
-		return c.Epoch == g.Epoch && c.lasts(k, b.pulse.now(), 0) && accept(c)
-	})
-	if errors.Is(err, ErrProviderDown) {
-		old, ok := b.recall(context.WithoutCancel(ctx), wholeKey(k), func(c *cachedToken) bool {
-			return c.Epoch == g.Epoch && c.valid(b.pulse.now()) && accept(c)
-		})
-		if ok {
-			return old, true, nil
-		}
-		return t, true, err
-	}
-	return t, false, err
 }
 
 // handedOut is token as the hub gets it. A hub that came with a refresh token
@@ -703,7 +670,7 @@ func (b *Broker) checkSession(ctx context.Context, hub HubID, provider ProviderI
 		return s, nil
 	}
 	given, err := b.handedOut(context.WithoutCancel(ctx), t, token)
-	s.Token, e.Token, e.Epoch = &given, token.Print, token.Epoch
+	s.Token, e.Token, e.Epoch, e.Scopes = &given, token.Print, token.Epoch, token.Scopes
 	return s, err
 }
 
@@ -718,7 +685,7 @@ func (b *Broker) noToken(err error, e *Entry) (Session, error) {
 	case LoginRequired, Revoked, Denied:
 		e.Reason = err.Error()
 		return Session{Active: false, Reason: said.Sentence}, nil
-	case ProviderDown:
+	case ProviderDown, Unsatisfiable: // a token that can't be narrowed is no reason to log in again
 		e.Reason = err.Error()
 		return Session{Active: true, Stale: true, Reason: said.Sentence}, nil
 	}

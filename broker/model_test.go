@@ -34,6 +34,7 @@ import (
 //	  epoch of now, and not under a tombstone (model.check)
 //	what lives at the provider lives at the brokers, or they say why not, and the
 //	  epoch never goes back (model.Check)
+//	a hub gets its own scopes and no more (model.AskHub)
 //	when all trouble is over, tokens flow again (model.calm)
 
 // mayBeSent says whether a refresh token may be sent once more of which so many
@@ -85,6 +86,7 @@ type model struct {
 	lagging *brokertest.MemCopy // the replica, which stopped following; nil: it follows
 	since   time.Time           // when it stopped
 	claimed int                 // number of the session that was claimed last
+	handle  broker.Secret       // the hub's, of that login
 	said    bool                // that an answer of it was lost
 	fell    bool                // since that login the store has gone back
 	killed  bool                // a broker has been
@@ -199,6 +201,30 @@ func (m *model) check(l *modelLife, tok broker.Token) {
 	}
 }
 
+// AskHub has the hub ask whether the session lives, and goes on while it waits. Half
+// of the time its token was refused.
+func (m *model) AskHub(t *rapid.T) {
+	l := m.one(t, (*modelLife).lives).life
+	refused := rapid.Bool().Draw(t, "refused")
+	m.mu.Lock()
+	handle := m.handle
+	m.mu.Unlock()
+	m.asked.Go(func() {
+		var got *broker.HubToken
+		if refused {
+			if tok, err := l.RefreshHub(context.Background(), "main", "idp", handle); err == nil {
+				got = &tok
+			}
+		} else if s, err := l.CheckSession(context.Background(), "main", "idp", handle, "alice", ""); err == nil {
+			got = s.Token
+		}
+		if got != nil && l.lives() && !slices.Equal(got.Scopes, []string{"a"}) {
+			m.broken("the hub gets a token with the scopes %v", got.Scopes)
+		}
+	})
+	synctest.Wait()
+}
+
 // Wait lets time pass.
 func (m *model) Wait(t *rapid.T) {
 	time.Sleep(rapid.SampledFrom([]time.Duration{time.Second, 12 * time.Second, 50 * time.Second, 6 * time.Minute}).Draw(t, "time"))
@@ -214,11 +240,16 @@ func (m *model) Trouble(t *rapid.T) {
 	}).Draw(t, "answer"))
 }
 
-// Login logs the user in again.
+// Login logs the user in again. If the hub's own token can't be narrowed the login
+// fails, and all is as it was.
 func (m *model) Login(t *rapid.T) { m.login(m.one(t, (*modelLife).well)) }
 
 func (m *model) login(h *modelHost) {
+	troubled := m.idp.troubled()
 	got, err := h.life.Login(context.Background(), "main", "idp", codeOf("alice"))
+	if err != nil && troubled {
+		return
+	}
 	if err == nil {
 		_, err = h.life.Claim(context.Background(), "main", "idp", got.Handle, "alice")
 	}
@@ -228,6 +259,7 @@ func (m *model) login(h *modelHost) {
 	session := m.idp.newest()
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.handle = got.Handle
 	m.claimed, m.said, m.fell, m.ended, m.changed = session, false, false, time.Time{}, time.Now()
 }
 
@@ -396,7 +428,7 @@ func (h *modelHost) start(journal []byte) {
 	}
 	b, err := broker.New(broker.Config{
 		Deployment: "lab", Host: broker.HostID(h.name), Contact: "nobody",
-		Hubs: map[broker.HubID]broker.Hub{"main": {Login: "idp"}}, Providers: []broker.Provider{modelDoor{h.m.idp, l}},
+		Hubs: map[broker.HubID]broker.Hub{"main": {Login: "idp", Scopes: []string{"a"}}}, Providers: []broker.Provider{modelDoor{h.m.idp, l}},
 		Rules: []broker.Rule{{Provider: "idp", Roles: []string{"researcher"}, Scopes: []string{"a", "b"}}},
 		Store: modelStore{h.m.store, l}, Keys: h.m.keys, Attestor: h.attestor, Sockets: brokertest.NewSockets(),
 		Audit: l.audit, Log: slog.New(slog.DiscardHandler), Journal: l.path,

@@ -60,7 +60,11 @@ type modelAnswer struct {
 
 func (p *modelIDP) next(a modelAnswer)  { p.locked(func() { p.answers = append(p.answers, a) }) }
 func (p *modelIDP) setRoles(r []string) { p.locked(func() { p.roles = r }) }
-func (p *modelIDP) newest() (n int)     { p.locked(func() { n = len(p.sessions) }); return n }
+
+// troubled says whether something is still to come that is no plain answer.
+func (p *modelIDP) troubled() (yes bool) { p.locked(func() { yes = len(p.answers) > 0 }); return yes }
+
+func (p *modelIDP) newest() (n int) { p.locked(func() { n = len(p.sessions) }); return n }
 
 // busySince says whether a refresh of any session is under way that began after t:
 // a store that goes back may go back to an earlier session.

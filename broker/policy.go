@@ -60,7 +60,7 @@ type Facts struct {
 
 // A Decision is policy's answer: the most that the token may be.
 type Decision struct {
-	Rule       int // counted from 1
+	Rule       int // counted from 1; 0: none, it is the hub's own token
 	Provider   ProviderID
 	Target     Target
 	MaxTTL     time.Duration
@@ -262,9 +262,10 @@ func (d *Decision) holdsScopes(info ProviderInfo, asked Target, t *cachedToken) 
 		}
 		return Errorf(Unsatisfiable, "the scopes of %s's token can't be read", d.Provider).Hint(askForUnverified)
 	}
+	asks, _ := d.who()
 	for _, s := range t.Scopes {
 		if !slices.Contains(asked.Scopes, s) && !slices.Contains(info.ImpliedScopes, s) {
-			return Errorf(Unsatisfiable, "%s adds the scope %q, which you did not ask for", d.Provider, s).
+			return Errorf(Unsatisfiable, "%s adds the scope %q, which %s not ask for", d.Provider, s, asks).
 				Hint("ask {contact}: the scope must be optional at the provider, or be in the rule")
 		}
 	}
@@ -289,13 +290,22 @@ func (d *Decision) holdsAudience(info ProviderInfo, t *cachedToken) error {
 	if want != "" && !slices.Contains(t.Audience, want) {
 		return Errorf(Unsatisfiable, "%s does not give a token for audience %q", d.Provider, want)
 	}
+	_, allows := d.who()
 	for _, a := range t.Audience {
 		if a != want && (want != "" || a != info.ClientID) {
-			return Errorf(Unsatisfiable, "%s's token is also for audience %q, which your rule does not allow", d.Provider, a).
+			return Errorf(Unsatisfiable, "%s's token is also for audience %q, which %s not allow", d.Provider, a, allows).
 				Hint("ask {contact}: the rule must name that audience, or the provider must not add it")
 		}
 	}
 	return nil
+}
+
+// who says, each before a "not", who asked for the token and who allows it.
+func (d *Decision) who() (asks, allows string) {
+	if d.Rule == 0 {
+		return "the hub did", "the hub's scopes do"
+	}
+	return "you did", "your rule does"
 }
 
 // offered says whether any rule is about f at provider, whatever f lacks.

@@ -97,6 +97,9 @@ const (
 	Never      Narrowing = "none"     // it can't; only whole tokens
 )
 
+// Narrows says whether there is a way.
+func (n Narrowing) Narrows() bool { return n == ByExchange || n == ByScope }
+
 // CodeGrant is what a hub sends to trade an authorization code.
 type CodeGrant struct {
 	Code        Secret

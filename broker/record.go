@@ -19,6 +19,7 @@ const (
 	kindRegistration = "registration" // hub, host, user, server → Registration
 	kindToken        = "token"        // hub, provider, sub, audience, scopes → tokenRecord
 	kindWhole        = "whole"        // hub, provider, sub → tokenRecord of the whole grant
+	kindHub          = "hub"          // hub, provider, sub, scopes → tokenRecord of the hub's own
 	kindIssued       = "issued"       // hub, provider, sub → issuedRecord
 	kindBroker       = "broker"       // host → attendance
 	kindLogout       = "logout"       // provider, logout token → logoutRecord

@@ -62,7 +62,7 @@ type issuedRecord struct {
 
 type issuedToken struct {
 	Access string
-	Whole  bool   // of the whole grant; Target is empty
+	Whole  bool   // of the whole grant, or the hub's own: no rule gives it
 	Target Target // what it is for
 	Until  time.Time
 	Revoke bool
@@ -94,7 +94,7 @@ func (b *Broker) changeIssued(ctx context.Context, k GrantKey, change func(r *is
 func (b *Broker) handOut(ctx context.Context, k tokenKey, t cachedToken) error {
 	_, err := b.changeIssued(ctx, k.grant, func(r *issuedRecord) error {
 		r.Tokens = append(r.Tokens, issuedToken{
-			Access: t.Access.Reveal(), Whole: k.whole, Target: k.target(), Until: t.outstandingUntil(),
+			Access: t.Access.Reveal(), Whole: k.kind != kindToken, Target: k.target(), Until: t.outstandingUntil(),
 		})
 		return nil
 	})

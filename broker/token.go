@@ -165,7 +165,7 @@ func (b *Broker) obtain(ctx context.Context, g Grant, d Decision, want Want) (t 
 	good := func(t *cachedToken) bool {
 		return t.Epoch == g.Epoch && t.lasts(g.Key, now, want.MinTTL) && !t.refused(want.Rejected, now)
 	}
-	t, cached = b.recall(ctx, newTokenKey(g.Key, d.Target), good)
+	t, cached = b.recall(ctx, d.key(g.Key), good)
 	if !cached {
 		t, cached, err = b.fetchOr(ctx, p, g, d, good)
 	}
@@ -182,7 +182,7 @@ func (b *Broker) obtain(ctx context.Context, g Grant, d Decision, want Want) (t 
 // fetchOr gets a new token, or goes on with the old one while that lives: the
 // provider's trouble need not be the user's.
 func (b *Broker) fetchOr(ctx context.Context, p Provider, g Grant, d Decision, good func(*cachedToken) bool) (t cachedToken, cached bool, err error) {
-	k := newTokenKey(g.Key, d.Target)
+	k := d.key(g.Key)
 	works := func(t *cachedToken) bool { return t.Epoch == g.Epoch && t.valid(b.pulse.now()) }
 	if _, ok := b.recall(ctx, k, works); ok {
 		var cancel context.CancelFunc
@@ -206,14 +206,15 @@ func (b *Broker) fetch(ctx context.Context, p Provider, g Grant, d Decision, goo
 	case ByExchange:
 		return b.exchange(ctx, p, g, d, good)
 	case ByScope:
-		return b.renew(ctx, errand{newTokenKey(g.Key, d.Target), d.target(info).Scopes, good, check})
+		return b.renew(ctx, errand{d.key(g.Key), d.target(info).Scopes, good, check})
 	default:
 		return b.whole(ctx, g.Key, good)
 	}
 }
 
-// whole returns the token of the whole grant. The hub gets it, and exchanges
-// start from it; a container gets it only where the provider can't narrow.
+// whole returns the token of the whole grant. A hub without scopes gets it, and
+// exchanges start from it; a container, or a hub with scopes, gets it only where the
+// provider can't narrow.
 func (b *Broker) whole(ctx context.Context, k GrantKey, good func(*cachedToken) bool) (cachedToken, error) {
 	if t, ok := b.recall(ctx, wholeKey(k), good); ok {
 		return t, nil
@@ -224,7 +225,7 @@ func (b *Broker) whole(ctx context.Context, k GrantKey, good func(*cachedToken) 
 // exchange narrows the whole grant's token (RFC 8693), once for all who ask for
 // the same at the same time.
 func (b *Broker) exchange(ctx context.Context, p Provider, g Grant, d Decision, good func(*cachedToken) bool) (cachedToken, error) {
-	k := newTokenKey(g.Key, d.Target)
+	k := d.key(g.Key)
 	t, err := b.exchanges.do(ctx, k, func(ctx context.Context) (cachedToken, error) {
 		if t, ok := b.recall(ctx, k, good); ok {
 			return t, nil
@@ -264,23 +265,32 @@ func (b *Broker) exchangeFrom(ctx context.Context, p Provider, g Grant, d Decisi
 	if whole.Epoch != g.Epoch {
 		return whole, errMoved // the refresh brought other roles: decide again
 	}
-	info := p.Info()
-	iss, err := p.Exchange(ctx, whole.Access, d.target(info))
+	t, err := b.trade(ctx, p, whole, d)
 	if err != nil {
-		var pe *ProviderError
-		if errors.As(err, &pe) {
-			return cachedToken{}, told(d.Provider, pe)
-		}
-		return cachedToken{}, told(d.Provider, &ProviderError{Class: TryLater, Err: err})
-	}
-	t := newCachedToken(iss, g.Epoch, b.pulse.now())
-	if err := d.holds(info, &t); err != nil {
 		return t, err
 	}
 	if err := b.outstanding(ctx, g, t); err != nil {
 		return t, err
 	}
-	return t, b.keep(ctx, newTokenKey(g.Key, d.Target), t)
+	return t, b.keep(ctx, d.key(g.Key), t)
+}
+
+// trade makes of a token of the whole grant one that lies inside d.
+func (b *Broker) trade(ctx context.Context, p Provider, whole cachedToken, d Decision) (cachedToken, error) {
+	info := p.Info()
+	iss, err := p.Exchange(ctx, whole.Access, d.target(info))
+	if err != nil {
+		var pe *ProviderError
+		if !errors.As(err, &pe) {
+			pe = &ProviderError{Class: TryLater, Err: err}
+		}
+		return cachedToken{}, told(d.Provider, pe)
+	}
+	t := newCachedToken(iss, whole.Epoch, b.pulse.now())
+	if d.Rule == 0 && t.IDToken.IsZero() {
+		t.IDToken = whole.IDToken // a hub reads there who its user is
+	}
+	return t, d.holds(info, &t)
 }
 
 // outstanding raises the grant's OutstandingUntil before t leaves, so that a
@@ -351,7 +361,7 @@ func (b *Broker) complete(hub HubID, w *Want) error {
 		return Errorf(Invalid, "scopes holds more than 64 scopes")
 	}
 	for _, s := range w.Scopes {
-		if !isScopeToken(s) {
+		if !IsScope(s) {
 			return Errorf(Invalid, "scopes: %q is not a scope", s).Hint("a scope is printable ASCII without space, quote and backslash (RFC 6749, section 3.3)")
 		}
 	}
@@ -365,8 +375,8 @@ func (b *Broker) complete(hub HubID, w *Want) error {
 	return nil
 }
 
-// isScopeToken is scope-token of RFC 6749, section 3.3.
-func isScopeToken(s string) bool {
+// IsScope says whether s is one scope: scope-token of RFC 6749, section 3.3.
+func IsScope(s string) bool {
 	return s != "" && len(s) <= maxName && !slices.ContainsFunc([]byte(s), func(c byte) bool {
 		return c < 0x21 || c > 0x7e || c == '"' || c == '\\'
 	})

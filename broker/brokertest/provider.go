@@ -31,6 +31,8 @@ type Provider struct {
 	calls    map[string]int
 	revoked  []string
 	answers  []Answer
+	wide     bool
+	onTrade  func() error
 	onLook   func(*broker.Identity) error
 	onRevoke func() error
 }
@@ -88,6 +90,16 @@ func (p *Provider) SetRoles(sub string, roles ...string) { p.locked(func() { p.r
 // Next queues answers for the refreshes to come.
 func (p *Provider) Next(a ...Answer) { p.locked(func() { p.answers = append(p.answers, a...) }) }
 
+// SetWide has it give all that was granted, whatever is asked for.
+func (p *Provider) SetWide(wide bool) { p.locked(func() { p.wide = wide }) }
+
+// OnExchange has f called before each exchange, which it may hold up or refuse; nil:
+// nobody does.
+func (p *Provider) OnExchange(f func() error) { p.locked(func() { p.onTrade = f }) }
+
+// Calm has refreshes and exchanges answered as usual again.
+func (p *Provider) Calm() { p.locked(func() { p.onTrade, p.answers = nil, nil }) }
+
 // OnLook has f change or refuse what Look answers; nil: nobody does.
 func (p *Provider) OnLook(f func(*broker.Identity) error) { p.locked(func() { p.onLook = f }) }
 
@@ -140,13 +152,13 @@ func (p *Provider) Login(_ context.Context, c broker.CodeGrant) (id broker.Ident
 		p.calls["login"]++
 		sub := c.Code.Reveal()
 		p.sessions[sub] = &session{id: rand.Text(), began: time.Now()}
-		id, iss = p.identity(sub), p.issue(sub)
+		id, iss = p.identity(sub), p.issue(sub, nil)
 	})
 	return id, iss, nil
 }
 
 // Refresh implements broker.Provider.
-func (p *Provider) Refresh(_ context.Context, refresh broker.Secret, sub string, _ []string) (id broker.Identity, iss broker.Issued, err error) {
+func (p *Provider) Refresh(_ context.Context, refresh broker.Secret, sub string, scopes []string) (id broker.Identity, iss broker.Issued, err error) {
 	a := p.begin("refresh")
 	if a.Before != nil {
 		a.Before()
@@ -161,7 +173,7 @@ func (p *Provider) Refresh(_ context.Context, refresh broker.Secret, sub string,
 			err = &broker.ProviderError{Class: broker.Dead, Reason: "expired", Status: 400, Code: "invalid_grant"}
 			return
 		}
-		id, iss = p.identity(owner), p.issue(owner)
+		id, iss = p.identity(owner), p.issue(owner, scopes)
 		if sub != "" && owner != sub {
 			err = &broker.ProviderError{Class: broker.Dead, Reason: "subject_changed"}
 		}
@@ -203,8 +215,17 @@ func (p *Provider) open(s *session) bool {
 
 // Exchange implements broker.Provider.
 func (p *Provider) Exchange(_ context.Context, access broker.Secret, t broker.Target) (iss broker.Issued, err error) {
+	var first func() error
 	p.locked(func() {
 		p.calls["exchange"]++
+		first = p.onTrade
+	})
+	if first != nil {
+		if err := first(); err != nil {
+			return iss, err
+		}
+	}
+	p.locked(func() {
 		for sub, s := range p.sessions {
 			if slices.Contains(s.access, access.Reveal()) {
 				iss = p.access(sub, t)
@@ -283,14 +304,21 @@ func (p *Provider) identity(sub string) broker.Identity {
 	return id
 }
 
-// issue rotates sub's refresh token and makes a token of the whole grant.
-func (p *Provider) issue(sub string) broker.Issued {
+// all is what a token of the whole grant carries.
+var all = []string{"all", "openid"}
+
+// issue rotates sub's refresh token and makes a token with scopes; empty: of the
+// whole grant.
+func (p *Provider) issue(sub string, scopes []string) broker.Issued {
 	s := p.sessions[sub]
 	if s.refresh != "" {
 		s.spent = append(s.spent, s.refresh)
 	}
 	s.refresh = fmt.Sprintf("refresh-%s-%s", sub, rand.Text())
-	iss := p.access(sub, broker.Target{Scopes: []string{"all", "openid"}})
+	if len(scopes) == 0 {
+		scopes = all
+	}
+	iss := p.access(sub, broker.Target{Scopes: scopes})
 	iss.RefreshToken, iss.RefreshExpiresIn = broker.NewSecret(s.refresh), p.idle
 	if left := p.maximum - time.Since(s.began); p.maximum > 0 && (p.idle == 0 || left < p.idle) {
 		iss.RefreshExpiresIn = left.Truncate(time.Second) // as Keycloak counts
@@ -306,6 +334,9 @@ func (p *Provider) access(sub string, t broker.Target) broker.Issued {
 	iss := broker.Issued{
 		AccessToken: broker.NewSecret(token), TokenType: "Bearer", ExpiresIn: p.life,
 		Scopes: t.Scopes, ScopesKnown: true, AudienceKnown: true,
+	}
+	if p.wide {
+		iss.Scopes = all
 	}
 	if t.Audience != "" {
 		iss.Audience = []string{t.Audience}

@@ -105,6 +105,7 @@ func (k checker) hubs() {
 			k.add(key+".socket", "needs a directory of its own, and %s is that of %s", dir, other)
 		}
 		dirs[dir] = key + ".socket"
+		k.scopes(key+".scopes", h.Scopes)
 		switch h.OnLogout {
 		case "", broker.Keep, broker.StopIssuing, broker.RevokeAll:
 		default:
@@ -311,8 +312,20 @@ func (k checker) parts() {
 		if k.wrong(key) {
 			continue
 		}
-		if _, err := openWatched(name, k.c.Providers[name], slog.New(slog.DiscardHandler)); err != nil {
+		p, err := openWatched(name, k.c.Providers[name], slog.New(slog.DiscardHandler))
+		if err != nil {
 			k.add(key, "%v", err)
+			continue
+		}
+		k.narrows(name, p.Info().Narrowing)
+	}
+}
+
+// narrows notes hubs whose own token provider can't narrow to what they say.
+func (k checker) narrows(provider broker.ProviderID, n broker.Narrowing) {
+	for name, h := range k.c.Hubs {
+		if h.Login == provider && len(h.Scopes) > 0 && !n.Narrows() {
+			k.add("hubs."+string(name)+".scopes", "%s can't narrow a token (narrowing: %s): leave scopes out, and the hub gets the whole token", provider, n)
 		}
 	}
 }
@@ -444,17 +457,19 @@ func (k checker) policy() {
 			k.add(key+".require_attestation", "there is no level %q; there are %s", need, strings.Join(broker.Levels(), ", "))
 		}
 		k.onRoleLost(key+".on_role_lost", r)
-		for j, s := range r.Scopes {
-			if strings.ContainsAny(s, " \t") {
-				k.add(fmt.Sprintf("%s.scopes[%d]", key, j), "%q is not one scope; write several as [a, b]", s)
-			}
-		}
+		k.scopes(key+".scopes", r.Scopes)
 		for j, role := range r.Roles {
 			if owner, _ := k.roleOf(role, r.Provider); owner != r.Provider {
 				k.provider(fmt.Sprintf("%s.roles[%d]", key, j), owner)
 			}
 		}
 	}
+}
+
+// scopes notes what no scope can be.
+func (k checker) scopes(key string, scopes []string) {
+	each(k, key, scopes, func(s string) bool { return !broker.IsScope(s) },
+		"%q is not one scope; write several as [a, b], each of printable ASCII without space, quote and backslash")
 }
 
 // roleOf splits a role, as written in a rule of provider, into the provider that

@@ -79,6 +79,13 @@ type HubConfig struct {
 	UID uint32 `yaml:"uid,omitempty"`
 	// Login is the provider that the hub's users log in with. Default: the only one.
 	Login broker.ProviderID `yaml:"login,omitempty"`
+	// Scopes are what the hub's own access token is narrowed to, as in [openid,
+	// profile, email]: all that the hub reads of its users at the provider, and openid
+	// for its userinfo. What services want of containers need not be in it. The token
+	// must be for no other audience than the client, and what can't be narrowed or read
+	// is not given to the hub: the login says why. With a further provider that can't
+	// narrow the hub gets the whole token. Default: the whole token.
+	Scopes []string `yaml:"scopes,omitempty"`
 	// OnLogout is what a logout at the hub does to the user's grants: keep them, so
 	// that a computation goes on; stop_issuing, no token until the next login; or
 	// revoke, the same and the provider ends the session. The hub's logout is heard

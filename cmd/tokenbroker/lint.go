@@ -113,6 +113,11 @@ func lintOnline(ctx context.Context, c *Config, d *decoder) Mistakes {
 				each(k, fmt.Sprintf("policy[%d].scopes", i), r.Scopes, unknown, text)
 			}
 		}
+		for hub, h := range c.Hubs {
+			if h.Login == name {
+				each(k, fmt.Sprintf("hubs.%s.scopes", hub), h.Scopes, unknown, text)
+			}
+		}
 		for a, needs := range c.Providers[name].Audiences {
 			each(k, fmt.Sprintf("providers.%s.audiences.%s", name, a), needs, unknown, text)
 		}

@@ -96,7 +96,7 @@ func (p *parts) broker(cfg *Config, log *slog.Logger) (*broker.Broker, error) {
 		if err != nil {
 			return nil, fmt.Errorf("hub %s: %w", name, err)
 		}
-		hubs[name] = broker.Hub{Login: h.Login, OnLogout: h.OnLogout, API: api}
+		hubs[name] = broker.Hub{Login: h.Login, Scopes: h.Scopes, OnLogout: h.OnLogout, API: api}
 	}
 	return broker.New(broker.Config{
 		Deployment: cfg.Deployment, Host: broker.HostID(cfg.Host), Contact: cfg.Contact, Version: versionText(),

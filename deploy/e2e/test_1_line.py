@@ -21,6 +21,13 @@ def test_the_hub_holds_a_handle_and_no_refresh_token(stack, alice):
     assert claims(state["access_token"])["preferred_username"] == "alice"
 
 
+def test_the_hubs_own_token_carries_the_hubs_scopes_and_a_containers_its_own(stack, alice):
+    own = claims(auth_states(stack, BROKER)["alice"]["access_token"])
+    assert set(own["scope"].split()) == {"openid", "profile"} and "aud" not in own
+    containers = claims(alice.ask("/v1/token/keycloak?audience=storage").token)
+    assert "storage" in containers["scope"].split() and containers["aud"] == "storage"
+
+
 def test_the_server_has_one_read_only_directory_and_no_token_in_its_environment(alice):
     container = inspect(alice.container)[0]
     mounts = {m["Destination"]: m for m in container["Mounts"]}

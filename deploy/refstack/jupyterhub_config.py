@@ -45,7 +45,8 @@ c.GenericOAuthenticator.client_id = mine["client_id"]
 c.GenericOAuthenticator.oauth_callback_url = mine["url"] + "/hub/oauth_callback"
 c.GenericOAuthenticator.authorize_url = issuer + "/protocol/openid-connect/auth"
 c.GenericOAuthenticator.userdata_url = issuer + "/protocol/openid-connect/userinfo"
-c.GenericOAuthenticator.scope = ["openid"]
+# The broker's hub asks for more than its own token then carries: the broker narrows it.
+c.GenericOAuthenticator.scope = ["openid"] if hub == "old" else ["openid", "storage"]
 c.GenericOAuthenticator.username_claim = "preferred_username"
 c.GenericOAuthenticator.login_service = "Keycloak"
 c.GenericOAuthenticator.allowed_users = set(stack["users"])

@@ -322,6 +322,7 @@ hubs:
     socket: {d}/hubs/main/hub.sock
     uid: {os.getuid()}
     login: keycloak
+    scopes: [openid, profile]
     on_logout: {on_logout}
     api: {{url: "{s['hubs'][BROKER]['url']}/hub/api", token_file: {d}/secrets/{BROKER}-broker-token}}
 logout: {{address: "127.0.0.1:{s['logout_port']}"}}
