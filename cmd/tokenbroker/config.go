@@ -83,8 +83,10 @@ type HubConfig struct {
 	// profile, email]: all that the hub reads of its users at the provider, and openid
 	// for its userinfo. What services want of containers need not be in it. The token
 	// must be for no other audience than the client, and what can't be narrowed or read
-	// is not given to the hub: the login says why. With a further provider that can't
-	// narrow the hub gets the whole token. Default: the whole token.
+	// is not given to the hub: the login says why. (Keycloak adds the audience account
+	// for who has roles of that client, unless "Full scope allowed" is off for ours.)
+	// With a further provider that can't narrow the hub gets the whole token. Default:
+	// the whole token.
 	Scopes []string `yaml:"scopes,omitempty"`
 	// OnLogout is what a logout at the hub does to the user's grants: keep them, so
 	// that a computation goes on; stop_issuing, no token until the next login; or
