@@ -43,7 +43,7 @@ func (w *world) hangingExchange(t *testing.T) {
 		}
 	}()
 	<-arrived
-	out, err := exec.Command(w.program, "users", "disconnect", "olivia", "--hub", "main", "--socket", w.path("admin.sock")).CombinedOutput()
+	out, err := exec.Command(w.program, "users", "disconnect", "olivia", "--hub", "main", "--socket", w.sockets+"/admin.sock").CombinedOutput()
 	if err != nil {
 		t.Fatalf("disconnect: %v: %s", err, out)
 	}
@@ -123,7 +123,7 @@ const lastPID = "/proc/sys/kernel/ns_last_pid"
 // container, and asks on it. It reports false if somebody else got the number.
 func (w *world) reuse(t *testing.T, c *forker, alice *server, frozen bool) (a answer, hit bool) {
 	if frozen {
-		w.broker.cmd.Process.Signal(syscall.SIGSTOP)
+		syscall.Kill(w.broker.pid, syscall.SIGSTOP)
 	}
 	conn, pid := w.maker(t, alice)
 	defer conn.Close()
@@ -137,7 +137,7 @@ func (w *world) reuse(t *testing.T, c *forker, alice *server, frozen bool) (a an
 	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	hit = strings.Contains(string(text), alice.id)
 	if frozen {
-		w.broker.cmd.Process.Signal(syscall.SIGCONT)
+		syscall.Kill(w.broker.pid, syscall.SIGCONT)
 	}
 	switch {
 	case !hit:
