@@ -175,7 +175,7 @@ func Load(keysetFile, kekFile string) (*Keyset, error) {
 // other keys than k. If they are not right, k stays what it is, and the error is
 // Load's.
 func (k *Keyset) Reload() (changed bool, err error) {
-	key, kekFile, err := loadKEK(k.kekFile)
+	key, kekFile, err := loadKEK(k.keysetFile, k.kekFile)
 	if err != nil {
 		return false, err
 	}
@@ -257,9 +257,10 @@ func (w wrapping) open(key kek) (h *keyset.Handle, audit []byte, err error) {
 	return h, audit, err
 }
 
-// loadKEK also returns the path it found the key at.
-func loadKEK(name string) (kek, string, error) {
-	path, private := name, onlyOwner
+// loadKEK loads the key that opens a keyset, and also returns the path it found
+// the key at.
+func loadKEK(keysetFile, name string) (kek, string, error) {
+	path, private := name, onlyOwner(keysetFile)
 	if cred := credential(name); cred != "" {
 		path, private = cred, notWorld
 	}
@@ -299,16 +300,29 @@ func credential(name string) string {
 	return path
 }
 
-// onlyOwner refuses a secret that others than we, or root, may read.
-func onlyOwner(info fs.FileInfo) error {
-	if info.Mode().Perm()&0o077 != 0 {
-		return fmt.Errorf("others may use it (mode %04o): run chmod 0400, and think of who may have read it", info.Mode().Perm())
+// onlyOwner refuses a secret that others than we, or root, may read. To root, who
+// runs the administrator's commands, the keyset's owner is the broker.
+func onlyOwner(keysetFile string) func(fs.FileInfo) error {
+	return func(info fs.FileInfo) error {
+		if info.Mode().Perm()&0o077 != 0 {
+			return fmt.Errorf("others may use it (mode %04o): run chmod 0400, and think of who may have read it", info.Mode().Perm())
+		}
+		of, us := owner(info), os.Geteuid()
+		if us == 0 {
+			if keyset, err := os.Stat(keysetFile); err == nil {
+				us = owner(keyset)
+			}
+		}
+		if of != 0 && of != us {
+			return fmt.Errorf("it belongs to uid %d, but the broker runs as uid %d: run chown", of, us)
+		}
+		return nil
 	}
-	st, ok := info.Sys().(*syscall.Stat_t)
-	if ok && st.Uid != 0 && int(st.Uid) != os.Geteuid() {
-		return fmt.Errorf("it belongs to uid %d, but the broker runs as uid %d: run chown", st.Uid, os.Geteuid())
-	}
-	return nil
+}
+
+// owner is the uid that a file belongs to.
+func owner(info fs.FileInfo) int {
+	return int(info.Sys().(*syscall.Stat_t).Uid)
 }
 
 // notWorld is for systemd's credentials: systemd gives the service's user

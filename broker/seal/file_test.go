@@ -241,3 +241,19 @@ func TestAKeyThatBelongsToSomebodyElseIsRefused(t *testing.T) {
 		t.Errorf("got %v, want %q", err, want)
 	}
 }
+
+// An administrator asks as root, and the broker has a user of its own.
+func TestRootMayUseTheKeysOfTheBroker(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a file away")
+	}
+	keyset, kek := create(t)
+	for _, file := range []string{keyset, kek} {
+		if err := os.Chown(file, 12345, -1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := seal.Load(keyset, kek); err != nil {
+		t.Error(err)
+	}
+}

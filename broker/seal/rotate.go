@@ -130,7 +130,7 @@ func Destroy(keysetFile, kekFile string, id KeyID) error {
 
 // change writes the keyset anew after edit.
 func change(keysetFile, kekFile string, edit func(*keyset.Manager, *wrapped) error) error {
-	key, kekFile, err := loadKEK(kekFile)
+	key, kekFile, err := loadKEK(keysetFile, kekFile)
 	if err != nil {
 		return err
 	}
@@ -177,7 +177,7 @@ func Rewrap(keysetFile, kekFile string) error {
 	if credential(kekFile) != "" {
 		return fmt.Errorf("the key-encryption key %s is a credential of systemd's, which only systemd can replace", kekFile)
 	}
-	old, kekFile, err := loadKEK(kekFile)
+	old, kekFile, err := loadKEK(keysetFile, kekFile)
 	if err != nil {
 		return err
 	}

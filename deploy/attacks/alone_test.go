@@ -46,7 +46,7 @@ func (w *world) hangingExchange(t *testing.T) {
 		}
 	}()
 	<-arrived
-	out, err := exec.Command(w.program, "users", "disconnect", "olivia", "--hub", "main", "--socket", w.path("admin.sock")).CombinedOutput()
+	out, err := exec.Command(w.program, "users", "disconnect", "olivia", "--hub", "main", "--socket", w.sockets+"/admin.sock").CombinedOutput()
 	if err != nil {
 		t.Fatalf("disconnect: %v: %s", err, out)
 	}
@@ -126,7 +126,7 @@ const lastPID = "/proc/sys/kernel/ns_last_pid"
 // container, and asks on it. It reports false if somebody else got the number.
 func (w *world) reuse(t *testing.T, c *forker, alice *server, frozen bool) (a answer, hit bool) {
 	if frozen {
-		w.broker.cmd.Process.Signal(syscall.SIGSTOP)
+		syscall.Kill(w.broker.pid, syscall.SIGSTOP)
 	}
 	conn, pid, end := w.maker(t, alice)
 	defer conn.Close()
@@ -146,7 +146,7 @@ func (w *world) reuse(t *testing.T, c *forker, alice *server, frozen bool) (a an
 	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/cgroup", pid))
 	hit = strings.Contains(string(text), alice.id)
 	if frozen {
-		w.broker.cmd.Process.Signal(syscall.SIGCONT)
+		syscall.Kill(w.broker.pid, syscall.SIGCONT)
 	}
 	if !hit {
 		return answer{}, false

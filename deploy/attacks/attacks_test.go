@@ -6,7 +6,6 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"os"
 	"regexp"
 	"strings"
 	"testing"
@@ -20,7 +19,7 @@ func TestAttacks(t *testing.T) {
 	w := newWorld(t)
 	t.Cleanup(func() {
 		if t.Failed() {
-			text, _ := os.ReadFile(w.path("log"))
+			text := w.log()
 			t.Logf("the broker's log:\n%s", text[max(0, len(text)-8000):])
 		}
 	})
@@ -39,6 +38,9 @@ func TestAttacks(t *testing.T) {
 	t.Run("alone", func(t *testing.T) { w.alone(t, alice) })
 	alice.served(t)
 	w.judge(t)
+	if *unit {
+		w.neverEnded(t)
+	}
 }
 
 // An attempt is one attack.

@@ -29,7 +29,7 @@ func (w *world) post(t *testing.T, hub, path, kind, body string) (a answer) {
 	t.Helper()
 	c := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
-		return d.DialContext(ctx, "unix", w.path("hubs/"+hub+"/hub.sock"))
+		return d.DialContext(ctx, "unix", w.sockets+"/hubs/"+hub+"/hub.sock")
 	}}
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "http://localhost"+path, strings.NewReader(body))
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 var (
 	tags   = flag.String("tags", "", "further build tags of the broker that is attacked")
 	engine = flag.String("engine", "/var/run/docker.sock", "the Docker engine's socket")
+	unit   = flag.Bool("unit", false, "the broker is the unit of deploy/site, under systemd, on a machine that may be changed: deploy/site/try")
 )
 
 func TestMain(m *testing.M) {
@@ -49,7 +50,7 @@ func (t *table) add(l line) {
 }
 
 // order is that of the kinds.
-var order = []string{"processes", "mounts", "identity", "protocol", "hub", "policy", "by design", "not protected", "not run here"}
+var order = []string{"unit", "processes", "mounts", "identity", "protocol", "hub", "policy", "by design", "not protected", "not run here"}
 
 // print shows one line for each attack. It cuts what is too long for a line;
 // the tests have looked at all of it.

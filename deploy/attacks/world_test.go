@@ -40,11 +40,14 @@ const (
 // A world is one broker, and all that is around it.
 type world struct {
 	t       *testing.T // ends with all of the attacks
-	dir     string     // configuration, audit and sockets
+	dir     string     // configuration
+	state   string     // servers' sockets, and the audit
+	sockets string     // the sockets of hubs and administrator
 	shared  string     // a directory that some containers share
 	image   string     // its name, and the beginning of all containers' names
 	program string     // tokenbroker
 	attack  string     // the attacker's program, for the host
+	since   string     // where its log begins in the journal, if it is the unit
 	idp     *devidp.Server
 	issuer  string
 	broker  *process
@@ -60,12 +63,12 @@ contact: it-help@lab.example
 hubs:
   main: {socket: %[1]s/hubs/main/hub.sock, login: idp}
   other: {socket: %[1]s/hubs/other/hub.sock, login: idp}
-servers: {directory: %[1]s/servers, docker: {socket: %[2]s}}
+servers: {directory: %[2]s/servers, docker: {socket: %[3]s}}
 admin: {socket: %[1]s/admin.sock}
-audit: {file: %[1]s/audit}
-store: {redis: {socket: %[3]s}}
+audit: {file: %[2]s/audit.jsonl}
+store: {redis: {socket: %[4]s}}
 providers:
-%[4]spolicy:
+%[5]spolicy:
 - {provider: idp, audiences: [storage], scopes: [read], max_ttl: 10m}
 - {provider: second, audiences: [storage], scopes: [read], max_ttl: 10m}
 - {provider: no-audience, audiences: [storage], scopes: [read], max_ttl: 10m}
@@ -89,13 +92,13 @@ func newWorld(t *testing.T) *world {
 	t.Helper()
 	need(t)
 	w := &world{
-		t: t, dir: makeDir(t), shared: makeDir(t), image: "tbattack-" + strings.ToLower(rand.Text()[:8]),
+		t: t, shared: makeDir(t), image: "tbattack-" + strings.ToLower(rand.Text()[:8]),
 		owners: map[string]*server{}, given: map[string]*server{},
 	}
+	redis := w.place(t)
 	w.build(t)
 	w.importImage(t, w.image)
 	w.startProvider(t)
-	redis := brokertest.StartRedis(t)
 	if err := seal.Create(w.path("keyset.json"), w.path("kek")); err != nil {
 		t.Fatal(err)
 	}
@@ -110,10 +113,26 @@ func newWorld(t *testing.T) *world {
 		fmt.Fprintf(&providers, provider, name, w.serve(t, of), callback, extra)
 	}
 	fmt.Fprintf(&providers, provider, "idp", w.issuer, callback, "")
-	w.write(t, "tokenbroker.yaml", fmt.Sprintf(config, w.dir, *engine, redis.Socket, providers.String()))
-	w.handOver(t, redis.Socket)
+	w.write(t, "tokenbroker.yaml", fmt.Sprintf(config, w.sockets, w.state, *engine, redis, providers.String()))
+	if *unit {
+		w.refusalsKill(t)
+	} else {
+		w.handOver(t, redis)
+	}
 	w.startBroker(t)
 	return w
+}
+
+// place says where everything is, and starts a Redis: the path of its socket.
+func (w *world) place(t *testing.T) (redis string) {
+	t.Helper()
+	if *unit {
+		return w.placeOfUnit(t)
+	}
+	w.dir = makeDir(t)
+	w.state, w.sockets = w.dir, w.dir
+	w.program = w.path("tokenbroker")
+	return brokertest.StartRedis(t).Socket
 }
 
 // need fails where CI is set and something is missing; elsewhere it skips.
@@ -160,7 +179,7 @@ func (w *world) write(t *testing.T, name, text string) {
 // build makes both programs.
 func (w *world) build(t *testing.T) {
 	t.Helper()
-	w.program, w.attack = w.path("tokenbroker"), w.path("attacker")
+	w.attack = w.path("attacker")
 	for _, args := range [][]string{
 		{"build", "-tags", *tags, "-o", w.program, "tokenbroker/cmd/tokenbroker"},
 		{"build", "-o", w.attack, "./testdata/attacker"},
@@ -283,13 +302,18 @@ func (w *world) serve(t *testing.T, change func(url.Values)) (issuer string) {
 
 // A process is a running tokenbroker.
 type process struct {
-	cmd  *exec.Cmd
+	pid  int
+	cmd  *exec.Cmd     // nil if it is the unit's
 	done chan struct{} // closed when it has ended
 }
 
 // startBroker starts the broker and returns when it serves.
 func (w *world) startBroker(t *testing.T) {
 	t.Helper()
+	if *unit {
+		w.startUnit(t)
+		return
+	}
 	log, err := os.OpenFile(w.path("log"), os.O_CREATE|os.O_APPEND|os.O_RDWR, 0o600)
 	if err != nil {
 		t.Fatal(err)
@@ -302,6 +326,7 @@ func (w *world) startBroker(t *testing.T) {
 		t.Fatal(err)
 	}
 	go func() { p.cmd.Wait(); close(p.done) }()
+	p.pid = p.cmd.Process.Pid
 	w.broker = p
 	w.t.Cleanup(func() { w.stopBroker(p) })
 	eventually(t, "the broker to serve", func() bool {
@@ -348,6 +373,10 @@ func (w *world) handOver(t *testing.T, socket string) {
 
 // stopBroker ends it in order.
 func (w *world) stopBroker(p *process) {
+	if p.cmd == nil {
+		systemctl(w.t, "stop", service)
+		return
+	}
 	p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
 	case <-p.done:
@@ -466,7 +495,7 @@ func (w *world) onHost(t *testing.T, command ...string) answer {
 // audit reads the audit and returns its lines in their order.
 func (w *world) audit(t *testing.T) []broker.Entry {
 	t.Helper()
-	text, err := os.ReadFile(w.path("audit"))
+	text, err := os.ReadFile(filepath.Join(w.state, "audit.jsonl"))
 	if err != nil {
 		t.Fatal(err)
 	}

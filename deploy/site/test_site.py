@@ -39,6 +39,13 @@ def test_the_broker_takes_its_configuration(tokenbroker, tmp_path):
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
+def test_redis_is_where_the_broker_looks_for_it():
+    lines = (SITE / "redis.conf").read_text().splitlines()
+    (socket,) = [line.split()[1] for line in lines if line.startswith("unixsocket ")]
+    assert f"store: {{redis: {{socket: {socket}}}}}" in (SITE / "tokenbroker.yaml").read_text()
+    assert "appendonly yes" in lines and "port 0" in lines
+
+
 def test_the_policy_answers_as_its_table_says(tokenbroker, tmp_path):
     def tried(policy):
         config = tmp_path / "tokenbroker.yaml"
