@@ -359,7 +359,7 @@ func (b *Broker) deposit(ctx context.Context, t *ticket, user UserID) error {
 	if err := b.move(ctx, k); err != nil {
 		return err
 	}
-	if was.Tombstone.IsZero() && changes(was.Roles, g.Roles) != "" && !b.closes() { // the hub need not wait for the provider
+	if was.Tombstone.IsZero() && !subset(was.Roles, g.Roles) && !b.closes() { // the hub need not wait for the provider
 		b.work.Go(func() {
 			b.afterChange(context.WithoutCancel(ctx), userKey{k.Hub, user}, rights{roles: was.Roles, before: true})
 		})

@@ -101,6 +101,7 @@ func TestARefusalsLineHasWhatKernelAndDockerSaid(t *testing.T) {
 	carol := broker.ServerKey{Hub: "main", User: "carol"}
 	o.registers(broker.Registration{Key: carol, ContainerName: "jupyter-carol"})
 	dave := broker.ServerKey{Hub: "main", User: "dave"}
+	othersID := strings.Repeat("c0ffee00", 8) // not bob's: equal refusals have one line
 
 	for _, tt := range []struct {
 		why   string
@@ -115,9 +116,9 @@ func TestARefusalsLineHasWhatKernelAndDockerSaid(t *testing.T) {
 		}, broker.UnknownPeer, []string{`the process is in cgroup "/`, `of hierarchy "`, `the container in "/docker/` + o.id}},
 		{"in one other cgroup", alice.Key, func(p process) *broker.Peer {
 			path := "/docker/" + o.id
-			o.write(t, p.pid, "cgroup", "2:pids:"+path+"\n1:cpu:/docker/"+bobsID+"\n0::"+path+"\n")
+			o.write(t, p.pid, "cgroup", "2:pids:"+path+"\n1:cpu:/docker/"+othersID+"\n0::"+path+"\n")
 			return peer(t, p.pid)
-		}, broker.UnknownPeer, []string{`in cgroup "/docker/` + bobsID, `of hierarchy "cpu"`}},
+		}, broker.UnknownPeer, []string{`in cgroup "/docker/` + othersID, `of hierarchy "cpu"`}},
 		{"in another mount namespace", alice.Key, func(p process) *broker.Peer {
 			o.namespaces(t, p.pid, 4026540001, 4026540009)
 			return peer(t, p.pid)

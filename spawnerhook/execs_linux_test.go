@@ -117,7 +117,7 @@ func TestCommandsThatBeganUnseenAreToldOnce(t *testing.T) {
 		stop()
 		since := time.Now()
 		l.engine.EndExec("visited", l.engine.Exec("visited", secret))
-		l.engine.Exec("visited", "/usr/bin/tail -f /secret")
+		l.engine.EndExec("visited", l.engine.Exec("visited", "/usr/bin/tail -f /secret"))
 		execs, names, _ := execsOf(t, l, since)
 		told(t, execs, id, "sh", "it began at 20")
 		told(t, execs, id, "tail", "it began at 20")
