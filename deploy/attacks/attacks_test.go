@@ -38,7 +38,7 @@ func TestAttacks(t *testing.T) {
 	t.Run("alone", func(t *testing.T) { w.alone(t, alice) })
 	alice.served(t)
 	w.judge(t)
-	if *unit {
+	if unit {
 		w.neverEnded(t)
 	}
 }

@@ -17,8 +17,11 @@ import (
 var (
 	tags   = flag.String("tags", "", "further build tags of the broker that is attacked")
 	engine = flag.String("engine", "/var/run/docker.sock", "the Docker engine's socket")
-	unit   = flag.Bool("unit", false, "the broker is the unit of deploy/site, under systemd, on a machine that may be changed: deploy/site/try")
 )
+
+// unit says that the broker is the unit of deploy/site, under systemd, on a machine
+// that may be changed. The build tag unit sets it; deploy/site/try has such a machine.
+var unit bool
 
 func TestMain(m *testing.M) {
 	flag.Parse()

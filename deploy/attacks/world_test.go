@@ -114,7 +114,7 @@ func newWorld(t *testing.T) *world {
 	}
 	fmt.Fprintf(&providers, provider, "idp", w.issuer, callback, "")
 	w.write(t, "tokenbroker.yaml", fmt.Sprintf(config, w.sockets, w.state, *engine, redis, providers.String()))
-	if *unit {
+	if unit {
 		w.refusalsKill(t)
 	} else {
 		w.handOver(t, redis)
@@ -126,7 +126,7 @@ func newWorld(t *testing.T) *world {
 // place says where everything is, and starts a Redis: the path of its socket.
 func (w *world) place(t *testing.T) (redis string) {
 	t.Helper()
-	if *unit {
+	if unit {
 		return w.placeOfUnit(t)
 	}
 	w.dir = makeDir(t)
@@ -310,7 +310,7 @@ type process struct {
 // startBroker starts the broker and returns when it serves.
 func (w *world) startBroker(t *testing.T) {
 	t.Helper()
-	if *unit {
+	if unit {
 		w.startUnit(t)
 		return
 	}
