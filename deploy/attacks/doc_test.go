@@ -7,6 +7,7 @@
 //	go test -count=1 -v ./deploy/attacks                                  prints the table
 //	go test -count=1 -v ./deploy/attacks -args -engine /path/docker.sock  on another engine
 //	go test -count=1 -v ./deploy/attacks -args -tags TAG                  a broker built with a tag
+//	deploy/site/try                                                       the unit, under a real systemd
 //
 // It needs root, Docker 20.10 or later and redis-server 7. The image holds one
 // program, testdata/attacker. The hub is played by the test, which says on the
