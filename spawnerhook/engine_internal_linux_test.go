@@ -1,6 +1,7 @@
 package spawnerhook
 
 import (
+	"bytes"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -10,7 +11,8 @@ import (
 )
 
 // Whatever an engine says of a container: it is an odd answer, or one that names a
-// container by its full ID and can be judged, privileged ones as refused.
+// container by its full ID and can be judged, privileged ones as refused; and a command
+// that can't be read counts as one that runs.
 func FuzzInspect(f *testing.F) {
 	captured, err := filepath.Glob("testdata/*-inspect-*.json")
 	if err != nil || len(captured) == 0 {
@@ -24,7 +26,12 @@ func FuzzInspect(f *testing.F) {
 		f.Add(text)
 	}
 	f.Add([]byte(`{"State":{},"HostConfig":{},"Config":{}}`))
+	f.Add([]byte(`{"Running":`))
+	f.Add([]byte(`{"Running":true,"ProcessConfig":{"entrypoint":"sh","arguments":["-c","ls"]}}`))
 	f.Fuzz(func(t *testing.T, text []byte) {
+		if command, running := execAnswer(bytes.NewReader(text)); command == "" && !running {
+			t.Error("a command that can't be read is passed over")
+		}
 		var c container.InspectResponse
 		if json.Unmarshal(text, &c) != nil {
 			return

@@ -109,7 +109,7 @@ func newStack(t testing.TB, set setup) *stack {
 	check(t, err)
 	check(t, s.b.Start(context.Background()))
 	s.audit.forget() // that it has started
-	hub, err := peersocket.ListenHub(s.hub, "main", uint32(os.Getuid()), nil, log)
+	hub, err := peersocket.ListenHub(s.hub, "main", uint32(os.Getuid()), func(*broker.Peer, string, error) {}, log)
 	check(t, err)
 	s.serve(s.servers, grpcserver.NewWorkload(s.b, log), httpserver.NewWorkload(s.b, log))
 	s.serve(hub, grpcserver.NewHub(s.b, log), httpserver.NewHub(s.b, log))

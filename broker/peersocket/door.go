@@ -39,7 +39,7 @@ type door struct {
 
 	stamp   func(*broker.Peer)       // says whose socket it is
 	admit   func(*broker.Peer) error // says why a peer may not come in
-	refused Refused                  // is told of it
+	refused Refused                  // is told of it; nil where all may
 
 	done chan struct{}  // closed by close
 	wg   sync.WaitGroup // the accept loop and the connections that haven't spoken
@@ -132,7 +132,7 @@ func (d *door) enter(raw *net.UnixConn) {
 	c := &Conn{UnixConn: raw, peer: p, door: d, done: make(chan struct{})}
 	d.stamp(p)
 	if err := d.admit(p); err != nil {
-		d.refuse(p, err)
+		d.refused(p, d.path, err)
 		c.Close()
 		return
 	}
@@ -146,14 +146,6 @@ func (d *door) enter(raw *net.UnixConn) {
 	}
 	d.wg.Add(1)
 	go d.introduce(c)
-}
-
-func (d *door) refuse(p *broker.Peer, why error) {
-	if d.refused == nil {
-		d.warn("connection refused", why)
-		return
-	}
-	d.refused(p, d.path, why)
 }
 
 // hold counts c in, if there is room.

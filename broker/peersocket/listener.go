@@ -68,7 +68,7 @@ func ListenAdmin(path string, refused Refused, log *slog.Logger) (*Listener, err
 
 // A Refused is told of a process that may not use a socket: the socket's path, and
 // why. Nothing of what it sends is read. p ends with the call, and no other
-// connection is taken meanwhile. A nil Refused has the log told, now and then.
+// connection is taken meanwhile.
 type Refused func(p *broker.Peer, socket string, why error)
 
 // listenFor opens a socket for one uid and root. key is its place in the

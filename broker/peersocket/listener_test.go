@@ -14,7 +14,7 @@ func TestOnlyTheHubSpeaksOnItsSocket(t *testing.T) {
 	needRoot(t)
 	const hubUID, stranger = 65531, 65532
 	path := shortDir(t) + "/hub/hub.sock"
-	l, err := peersocket.ListenHub(path, "main", hubUID, nil, quiet)
+	l, err := peersocket.ListenHub(path, "main", hubUID, untold, quiet)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,7 +65,7 @@ func TestABrokerThatMayNotGiveFilesAwayChecksThePeer(t *testing.T) {
 
 func TestTheAdministratorsSocketIsOursAlone(t *testing.T) {
 	path := shortDir(t) + "/tokenbroker/admin.sock"
-	l, err := peersocket.ListenAdmin(path, nil, quiet)
+	l, err := peersocket.ListenAdmin(path, untold, quiet)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -93,7 +93,7 @@ func TestAHubContainerSeesTheNewSocketAfterARestart(t *testing.T) {
 	path := shortDir(t) + "/hub/hub.sock"
 	var inodes []uint64
 	for range 2 {
-		l, err := peersocket.ListenHub(path, "main", uint32(os.Getuid()), nil, quiet)
+		l, err := peersocket.ListenHub(path, "main", uint32(os.Getuid()), untold, quiet)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -112,7 +112,7 @@ func TestAHubContainerSeesTheNewSocketAfterARestart(t *testing.T) {
 func TestAHubCanReachItsSocketWhateverTheUmask(t *testing.T) {
 	defer syscall.Umask(syscall.Umask(0o077))
 	dir := shortDir(t) + "/run"
-	l, err := peersocket.ListenHub(dir+"/hubs/main/hub.sock", "main", uint32(os.Getuid()), nil, quiet)
+	l, err := peersocket.ListenHub(dir+"/hubs/main/hub.sock", "main", uint32(os.Getuid()), untold, quiet)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,11 +135,11 @@ func TestListenersSayWhatIsWrongWithThePath(t *testing.T) {
 		t.Fatal(err)
 	}
 	long := dir + "/" + strings.Repeat("d", 120)
-	_, err := peersocket.ListenHub(long+"/hub.sock", "lab", 0, nil, quiet)
+	_, err := peersocket.ListenHub(long+"/hub.sock", "lab", 0, untold, quiet)
 	wantAll(t, err, "hubs.lab.socket", long, "bytes", "107")
-	_, err = peersocket.ListenAdmin(long+"/admin.sock", nil, quiet)
+	_, err = peersocket.ListenAdmin(long+"/admin.sock", untold, quiet)
 	wantAll(t, err, "admin.socket", long)
-	_, err = peersocket.ListenHub(open+"/hub.sock", "lab", 0, nil, quiet)
+	_, err = peersocket.ListenHub(open+"/hub.sock", "lab", 0, untold, quiet)
 	wantAll(t, err, "hubs.lab.socket", open, "0777")
 }
 

@@ -245,7 +245,7 @@ func TestAContainerSeesTheNewSocketAfterARestart(t *testing.T) {
 	if _, err := peersocket.NewServers(dir+"/servers", quiet); err == nil || !strings.Contains(err.Error(), "another broker") {
 		t.Errorf("NewServers beside a living broker: %v, want a refusal", err)
 	}
-	if _, err := peersocket.ListenHub(dir+"/hub/hub.sock", "main", 0, nil, quiet); err == nil || !strings.Contains(err.Error(), "another process answers") {
+	if _, err := peersocket.ListenHub(dir+"/hub/hub.sock", "main", 0, untold, quiet); err == nil || !strings.Contains(err.Error(), "another process answers") {
 		t.Errorf("ListenHub beside a living broker: %v, want a refusal", err)
 	}
 
@@ -261,7 +261,7 @@ func TestAContainerSeesTheNewSocketAfterARestart(t *testing.T) {
 	if got := accept(t, s.HTTP()).Peer().Server; got != alice {
 		t.Errorf("connection through the old mount: server %v, want %v", got, alice)
 	}
-	h, err := peersocket.ListenHub(dir+"/hub/hub.sock", "main", 0, nil, quiet)
+	h, err := peersocket.ListenHub(dir+"/hub/hub.sock", "main", 0, untold, quiet)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -529,12 +529,12 @@ func TestStrangersTakeNobodysPlace(t *testing.T) {
 	needRoot(t)
 	const stranger = 65532
 	dir := shortDir(t)
-	hub, err := peersocket.ListenHub(dir+"/hub/hub.sock", "main", 0, nil, quiet)
+	hub, err := peersocket.ListenHub(dir+"/hub/hub.sock", "main", 0, untold, quiet)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer hub.Close()
-	admin, err := peersocket.ListenAdmin(dir+"/admin/admin.sock", nil, quiet)
+	admin, err := peersocket.ListenAdmin(dir+"/admin/admin.sock", untold, quiet)
 	if err != nil {
 		t.Fatal(err)
 	}

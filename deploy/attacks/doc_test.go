@@ -20,6 +20,9 @@
 //	hub_test.go        handles, logins and registrations that are another's
 //	policy_test.go     scopes and audiences; a provider that does not narrow
 //	design_test.go     what is allowed by design, and what is not protected
+//	alone_test.go      what holds the provider, or stops or freezes the broker
+//	systemd_test.go    the broker as the unit of deploy/site, installed by the README's commands
+//	firstday_test.go   what an administrator then sees of it; with the build tag unit only
 //
 // At the end the whole audit is read: no token went to a container of another
 // user, and each one to somebody whom the test knows.
