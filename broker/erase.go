@@ -2,6 +2,6 @@
 
 package broker
 
-// erasing calls f. In a build with GOEXPERIMENT=runtimesecret what f leaves on
+// Erasing calls f. In a build with GOEXPERIMENT=runtimesecret what f leaves on
 // the stack and in memory is erased; see erase_secret.go.
-func erasing(f func()) { f() }
+func Erasing(f func()) { f() }

@@ -138,9 +138,7 @@ func (b *Broker) login(ctx context.Context, hub HubID, provider ProviderID, c Co
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), loginWithin)
 	defer cancel()
-	var id Identity
-	var iss Issued
-	erasing(func() { id, iss, err = p.Login(ctx, c) })
+	id, iss, err := p.Login(ctx, c)
 	if err != nil {
 		return HubToken{}, loginError(provider, err)
 	}

@@ -11,7 +11,8 @@ import (
 //
 // Errors are *ProviderError; anything else counts as an unknown outcome. No
 // error holds a response body or an error_description, since some providers
-// echo tokens there.
+// echo tokens there. What a call needs of refresh tokens in the clear is made
+// within [Erasing].
 //
 // All methods may be called from many goroutines at once.
 type Provider interface {

@@ -77,18 +77,28 @@ func (a *vault) save(ctx context.Context, k Key, was int64, v any, life time.Dur
 
 // sealValue seals v, as JSON, for its place.
 func sealValue(keys *seal.Keyset, v any, place seal.Place) (box []byte, err error) {
-	erasing(func() {
-		var plain []byte
-		if plain, err = json.Marshal(v); err == nil {
+	Erasing(func() {
+		var plain plaintext
+		if err = json.NewEncoder(&plain).Encode(v); err == nil {
 			box, err = keys.Seal(plain, place)
 		}
 	})
 	return box, err
 }
 
+// plaintext takes what encoding/json has written out of its buffer, which goes back
+// into a pool that [Erasing] does not reach. An Encoder doesn't read it again.
+type plaintext []byte
+
+func (p *plaintext) Write(b []byte) (int, error) {
+	*p = append(*p, b...)
+	clear(b)
+	return len(b), nil
+}
+
 // openValue opens into v what sealValue sealed for a place.
 func openValue(keys *seal.Keyset, box []byte, place seal.Place, v any) (err error) {
-	erasing(func() {
+	Erasing(func() {
 		var plain []byte
 		if plain, err = keys.Open(box, place); err == nil {
 			err = json.Unmarshal(plain, v)

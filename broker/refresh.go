@@ -194,13 +194,12 @@ func (b *Broker) share(ctx context.Context, e errand, t cachedToken) error {
 // send spends a refresh token at p, within the time that the lease allows for it.
 // That is counted from when the lease began, too: a process that was frozen since
 // the age of its lease was checked finds the time over, and sends nothing.
-func send(ctx context.Context, p Provider, began time.Time, refresh Secret, sub string, scopes []string) (id Identity, iss Issued, err error) {
+func send(ctx context.Context, p Provider, began time.Time, refresh Secret, sub string, scopes []string) (Identity, Issued, error) {
 	ctx, end := context.WithDeadline(ctx, began.Add(scaled(sendWithin+answerWithin)))
 	defer end()
 	ctx, cancel := context.WithTimeout(ctx, scaled(answerWithin))
 	defer cancel()
-	erasing(func() { id, iss, err = p.Refresh(ctx, refresh, sub, scopes) })
-	return id, iss, err
+	return p.Refresh(ctx, refresh, sub, scopes)
 }
 
 // begin takes the lease on k. It is also the pre-flight write.

@@ -47,7 +47,8 @@ func (s Secret) Fingerprint() string {
 	if s.IsZero() {
 		return ""
 	}
-	sum := sha256.Sum256([]byte(s.Reveal()))
+	var sum [sha256.Size]byte
+	Erasing(func() { sum = sha256.Sum256([]byte(s.Reveal())) }) // of a copy
 	return hex.EncodeToString(sum[:])
 }
 

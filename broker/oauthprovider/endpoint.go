@@ -65,15 +65,14 @@ func (p *Provider) ask(ctx context.Context, m *metadata, o op, who string, form 
 // post sends form when its turn comes, once. What came back is read by read if
 // its status is favourable; if read can't make anything of it, it is a refusal.
 func (p *Provider) post(ctx context.Context, m *metadata, o op, endpoint, who string, form url.Values, read func(*reply) bool) error {
-	return p.gate.pass(ctx, o, who, func() error {
-		r, err := p.send(ctx, m, o, endpoint, form)
-		if err != nil {
-			return err
-		}
-		if r.status/100 == 2 && read(r) {
-			return nil
-		}
-		return p.profile.refusal(o, r)
+	return p.gate.pass(ctx, o, who, func() (err error) {
+		broker.Erasing(func() {
+			var r *reply
+			if r, err = p.send(ctx, m, o, endpoint, form); err == nil && (r.status/100 != 2 || !read(r)) {
+				err = p.profile.refusal(o, r)
+			}
+		})
+		return err
 	})
 }
 

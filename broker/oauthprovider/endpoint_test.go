@@ -449,16 +449,22 @@ func TestRetryAfterIsPassedOnWithinReason(t *testing.T) {
 	}
 }
 
-func TestAPrivateAuthorityNeedsItsFile(t *testing.T) {
-	ts := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, `{"access_token":"a"}`) }))
-	defer ts.Close()
+// serveTLS returns a server that answers with a token, and its authority's file.
+func serveTLS(t *testing.T) (ts *httptest.Server, file string) {
+	t.Helper()
+	ts = httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, `{"access_token":"a"}`) }))
+	t.Cleanup(ts.Close)
 	ts.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
-	wantClass(t, do(t, plainProvider(t, "generic", ts.URL), "refresh"), broker.Misconfigured, "certificate_untrusted")
-
-	file := filepath.Join(t.TempDir(), "ca.pem")
+	file = filepath.Join(t.TempDir(), "ca.pem")
 	if err := os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ts.Certificate().Raw}), 0o644); err != nil {
 		t.Fatal(err)
 	}
+	return ts, file
+}
+
+func TestAPrivateAuthorityNeedsItsFile(t *testing.T) {
+	ts, file := serveTLS(t)
+	wantClass(t, do(t, plainProvider(t, "generic", ts.URL), "refresh"), broker.Misconfigured, "certificate_untrusted")
 	p, err := oauthprovider.New(oauthprovider.Config{
 		Name: "lab", ClientID: "hub", CAFile: file, Endpoints: oauthprovider.Endpoints{Token: ts.URL + "/token"},
 	})
@@ -471,21 +477,40 @@ func TestAPrivateAuthorityNeedsItsFile(t *testing.T) {
 }
 
 func TestAProxyIsUsedIfConfigured(t *testing.T) {
+	ts, file := serveTLS(t)
 	var through atomic.Int32
 	proxy := serve(t, func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Host == "idp.invalid" {
-			through.Add(1)
+		through.Add(1)
+		if r.Method != http.MethodConnect {
+			io.WriteString(w, `{"access_token":"a"}`)
+			return
 		}
-		io.WriteString(w, `{"access_token":"a"}`)
+		to, err := net.Dial("tcp", ts.Listener.Addr().String())
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		w.WriteHeader(http.StatusOK)
+		from, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		go func() { io.Copy(to, from); to.Close() }()
+		io.Copy(from, to)
+		from.Close()
 	})
-	p, err := oauthprovider.New(oauthprovider.Config{
-		Name: "lab", ClientID: "hub", Proxy: proxy, Endpoints: oauthprovider.Endpoints{Token: "http://idp.invalid/token"},
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := do(t, p, "refresh"); err != nil || through.Load() != 1 {
-		t.Errorf("%d requests through the proxy, error %v", through.Load(), err)
+	for _, endpoint := range []string{"http://idp.invalid/token", "https://example.com/token"} { // which is in ts' certificate
+		through.Store(0)
+		p, err := oauthprovider.New(oauthprovider.Config{
+			Name: "lab", ClientID: "hub", Proxy: proxy, CAFile: file, Endpoints: oauthprovider.Endpoints{Token: endpoint},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := do(t, p, "refresh"); err != nil || through.Load() != 1 {
+			t.Errorf("%s: %d requests through the proxy, error %v", endpoint, through.Load(), err)
+		}
 	}
 }
 

@@ -35,7 +35,7 @@ const MaxLife time.Duration = maxLife
 
 // Dial has p make its connections by dial.
 func (p *Provider) Dial(dial func(ctx context.Context, network, addr string) (net.Conn, error)) {
-	p.once.Transport.(*http.Transport).DialContext = dial
+	p.once.Transport.(fresh).DialContext = dial
 	p.look.Transport.(bounded).next.(*http.Transport).DialContext = dial
 }
 

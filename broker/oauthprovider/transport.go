@@ -62,11 +62,56 @@ func Transport(caFile, proxy string) (*http.Transport, error) {
 // server had closed it before or after it read the token.
 func clients(base *http.Transport, timeout time.Duration) (once, look *http.Client) {
 	stay := func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
-	fresh := base.Clone()
-	fresh.DisableKeepAlives = true
-	once = &http.Client{Transport: fresh, CheckRedirect: stay}
+	once = &http.Client{Transport: newFresh(base), CheckRedirect: stay}
 	look = &http.Client{Transport: bounded{base}, CheckRedirect: stay, Timeout: timeout}
 	return once, look
+}
+
+// fresh makes a connection for each request, in the goroutine that asks: so
+// [broker.Erasing] covers its buffers, which hold what is sent and answered. A
+// Transport makes its own connections elsewhere.
+type fresh struct{ *http.Transport }
+
+func newFresh(base *http.Transport) fresh {
+	t := base.Clone()
+	t.DisableKeepAlives = true
+	t.WriteBufferSize = 32 << 10 // what is longer goes through other buffers
+	t.DialTLSContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		d := tls.Dialer{NetDialer: &net.Dialer{Timeout: t.TLSHandshakeTimeout}, Config: t.TLSClientConfig}
+		conn, err := d.DialContext(ctx, network, addr)
+		if err != nil {
+			return nil, err
+		}
+		return erasing{conn}, nil
+	}
+	return fresh{t}
+}
+
+func (f fresh) RoundTrip(req *http.Request) (*http.Response, error) {
+	conn, err := f.NewClientConn(req.Context(), req.URL.Scheme, net.JoinHostPort(req.URL.Hostname(), req.URL.Port()))
+	if err != nil {
+		req.Body.Close()
+		return nil, err
+	}
+	resp, err := conn.RoundTrip(req) // closes req.Body
+	if err != nil {
+		conn.Close()
+	}
+	return resp, err
+}
+
+// erasing is a TLS connection whose buffers are erased: what is sent and answered
+// passes through them in the clear, in goroutines of net/http's.
+type erasing struct{ net.Conn }
+
+func (c erasing) Read(p []byte) (n int, err error) {
+	broker.Erasing(func() { n, err = c.Conn.Read(p) })
+	return n, err
+}
+
+func (c erasing) Write(p []byte) (n int, err error) {
+	broker.Erasing(func() { n, err = c.Conn.Write(p) })
+	return n, err
 }
 
 // bounded ends every body after maxBody, for go-oidc, which reads all of it.

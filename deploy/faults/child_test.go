@@ -29,10 +29,14 @@ const envChild = "FAULTS_CHILD"
 
 // A setup is what a broker process is told.
 type setup struct {
-	Host    string
-	Dir     string // keyset, KEK and journals
-	Redis   string // socket
-	Issuer  string
+	Host   string
+	Dir    string // keyset, KEK and journals
+	Redis  string // socket
+	Issuer string
+	// By is where the provider is reached, and CAFile whom it is trusted by then;
+	// none: as its discovery document says.
+	By      oauthprovider.Endpoints
+	CAFile  string
 	Secret  string
 	Profile string
 	// Narrowing is by scope, where each set of scopes is another refresh, or the
@@ -160,7 +164,7 @@ func open() (system, error) {
 	}
 	p, err := oauthprovider.New(oauthprovider.Config{
 		Name: "idp", Profile: c.Profile, Issuer: c.Issuer, ClientID: client, ClientSecret: broker.NewSecret(c.Secret),
-		Narrowing: c.Narrowing, Roles: []string{"roles"}, Timeout: c.Timeout,
+		Endpoints: c.By, CAFile: c.CAFile, Narrowing: c.Narrowing, Roles: []string{"roles"}, Timeout: c.Timeout,
 	})
 	if err != nil {
 		return nil, err
