@@ -33,8 +33,8 @@ type setup struct {
 	Dir    string // keyset, KEK and journals
 	Redis  string // socket
 	Issuer string
-	// By is where the provider is reached, and CAFile whom it is trusted by then;
-	// none: as its discovery document says.
+	// By is where the provider is reached, trusted by CAFile; zero: where its
+	// discovery document says.
 	By      oauthprovider.Endpoints
 	CAFile  string
 	Secret  string
@@ -294,7 +294,7 @@ type traced struct{ broker.Provider }
 
 func (p traced) Refresh(ctx context.Context, refresh broker.Secret, sub string, scopes []string) (broker.Identity, broker.Issued, error) {
 	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
-		GotConn:              func(httptrace.GotConnInfo) { dieAt("connected") },
+		ConnectDone:          func(_, _ string, _ error) { dieAt("connected") },
 		WroteRequest:         func(httptrace.WroteRequestInfo) { dieAt("request written") },
 		GotFirstResponseByte: func() { dieAt("answer begins") },
 	})
