@@ -48,7 +48,7 @@ func (s Secret) Fingerprint() string {
 		return ""
 	}
 	var sum [sha256.Size]byte
-	Erasing(func() { sum = sha256.Sum256([]byte(s.Reveal())) }) // of a copy
+	Erasing(func() { sum = sha256.Sum256([]byte(s.Reveal())) }) // the conversion copies
 	return hex.EncodeToString(sum[:])
 }
 

@@ -88,7 +88,6 @@ func (p *Provider) send(ctx context.Context, m *metadata, o op, endpoint string,
 	body := form.Encode()
 	req.Body = io.NopCloser(strings.NewReader(body))
 	req.ContentLength = int64(len(body))
-	req.GetBody = nil // net/http can't send again what it can't read again
 	req.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 	req.Header.Set("Accept", "application/json")
 

@@ -77,6 +77,7 @@ func newFresh(base *http.Transport) fresh {
 	t.DisableKeepAlives = true
 	t.WriteBufferSize = 32 << 10 // what is longer goes through other buffers
 	t.DialTLSContext = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		// The timeout is that of the connection and the handshake together.
 		d := tls.Dialer{NetDialer: &net.Dialer{Timeout: t.TLSHandshakeTimeout}, Config: t.TLSClientConfig}
 		conn, err := d.DialContext(ctx, network, addr)
 		if err != nil {

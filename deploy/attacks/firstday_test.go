@@ -3,7 +3,6 @@
 package attacks_test
 
 import (
-	"crypto/rand"
 	"fmt"
 	"os"
 	"os/exec"
@@ -47,11 +46,7 @@ func TestUnit(t *testing.T) {
 // be started.
 func siteWorld(t *testing.T) *world {
 	t.Helper()
-	need(t)
-	w := &world{
-		t: t, shared: makeDir(t), image: "tbunit-" + strings.ToLower(rand.Text()[:8]),
-		owners: map[string]*server{}, given: map[string]*server{},
-	}
+	w := emptyWorld(t, "tbunit")
 	w.placeOfUnit(t)
 	w.build(t)
 	readme(t, "go build -o /usr/local/bin/ ./cmd/tokenbroker && CGO_ENABLED=0 go build -o /usr/local/lib/tokenbroker/ ./cmd/access-token")

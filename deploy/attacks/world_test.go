@@ -87,14 +87,20 @@ const provider = `  %s:
     audiences: {storage: [storage], compute: [compute]}
 %s`
 
+// emptyWorld is one in which nothing runs yet. The name of its image begins with name.
+func emptyWorld(t *testing.T, name string) *world {
+	t.Helper()
+	need(t)
+	return &world{
+		t: t, shared: makeDir(t), image: name + "-" + strings.ToLower(rand.Text()[:8]),
+		owners: map[string]*server{}, given: map[string]*server{},
+	}
+}
+
 // newWorld starts everything.
 func newWorld(t *testing.T) *world {
 	t.Helper()
-	need(t)
-	w := &world{
-		t: t, shared: makeDir(t), image: "tbattack-" + strings.ToLower(rand.Text()[:8]),
-		owners: map[string]*server{}, given: map[string]*server{},
-	}
+	w := emptyWorld(t, "tbattack")
 	redis := w.place(t)
 	w.build(t)
 	w.importImage(t, w.image)

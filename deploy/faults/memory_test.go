@@ -24,8 +24,8 @@ import (
 
 // A broker's memory after twenty refreshes of one grant: how many copies of the
 // refresh tokens that are spent does a thief find who can read it? A build with
-// GOEXPERIMENT=runtimesecret erases what it no longer needs, and is held to that;
-// of any other build the test only says the number.
+// GOEXPERIMENT=runtimesecret erases what it no longer needs, and is held to that; in
+// any other build some are left, or the search finds nothing.
 func TestMemoryOfSpentRefreshTokens(t *testing.T) {
 	t.Run("http", func(t *testing.T) { memoryOfSpent(t) })
 	t.Run("https", func(t *testing.T) { memoryOfSpent(t, encrypted) })
